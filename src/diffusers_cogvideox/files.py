@@ -1,0 +1,46 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["atomic_path", "check_writable"]
+
+
+def check_writable(path: str | os.PathLike[str]) -> Path:
+    """Return a free temporary path beside `path`, with the same suffix, after proving that files can be made there.
+
+    Creates missing folders. Worth calling before hours of work, too. Raises OSError, naming `path`, when its folder
+    cannot be created or written, or when `path` is a folder.
+    """
+    target = Path(path)
+    partial = target.with_name(f".{target.stem}-{uuid.uuid4().hex[:8]}{target.suffix}")
+    try:
+        if target.is_dir():
+            raise IsADirectoryError(0, "it is a folder")
+        if target.parent.is_file():
+            raise NotADirectoryError(0, f"{target.parent} is a file, not a folder")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial.touch()
+        partial.unlink()
+    except OSError as error:
+        raise OSError(f"cannot write {target}: {error.strerror or error}. Choose a file in a folder that you may write to.") from error
+    return partial
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary path beside `path`, with the same suffix; renamed to `path` when the block ends, deleted when it fails.
+
+    Raises OSError as `check_writable` does, before the block runs.
+    """
+    partial = check_writable(path)
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
