@@ -1,0 +1,134 @@
+"""3D rotary position code: the positions of the video tokens, their rotation angles, and the rotation itself.
+
+The d channels of a head are split d/4 : 3d/8 : 3d/8 over time, rows and columns (CogVideoX paper, section 2.2, "3D-RoPE"). Channel pair i
+of an axis with c channels turns by the angle position * theta^(-2i/c). Text tokens are not rotated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..geometry import Geometry
+
+__all__ = ["apply_rotary", "resized_positions", "rope_for", "rotary_embedding", "with_text"]
+
+THETA = 10000.0
+
+Rotary = tuple[Tensor, Tensor]  # cos, sin
+
+
+def rope_for(
+    config: Mapping[str, Any], latent_frames: int, latent_height: int, latent_width: int, device: torch.device | str | None = None
+) -> Rotary | None:
+    """The rotary tables that a transformer of this `config` wants for latents of this size, or None when it has no rotary code.
+
+    CogVideoX 1.0 squeezes the grid into the one it was trained on ("linspace", `resized_positions`). CogVideoX 1.5 counts 0, 1, 2, ...
+    however large the video is (the paper prefers this extrapolation), so portrait and oversized videos need no special case.
+
+    Args:
+        config: the transformer's config (`transformer.config` or its config.json).
+        latent_frames: latent frames, after the padding in front that CogVideoX 1.5 needs.
+        latent_height, latent_width: latent size.
+        device: where to put the tables.
+
+    Returns:
+        (cos, sin), each (N, attention_head_dim) in float32 with tokens in (frame, row, column) order.
+
+    Raises:
+        ValueError: the patch does not divide the latents, or the head dimension cannot be split.
+    """
+    if not config.get("use_rotary_positional_embeddings"):
+        return None
+    geometry = Geometry.from_transformer(config)
+    frames, rows, columns = geometry.token_grid(latent_frames, latent_height, latent_width)
+    if config.get("patch_size_t") is None:
+        _, *trained = geometry.token_grid(latent_frames, config["sample_height"], config["sample_width"])
+        y, x = resized_positions((rows, columns), (trained[0], trained[1]), device)
+    else:
+        y, x = torch.arange(rows, device=device), torch.arange(columns, device=device)
+    return rotary_embedding(torch.arange(frames, device=device), y, x, config["attention_head_dim"])
+
+
+def resized_positions(grid: tuple[int, int], trained: tuple[int, int], device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
+    """Positions of the rows and columns of a `grid` laid into the middle of the `trained` grid, keeping the aspect ratio (CogVideoX 1.0).
+
+    An axis of n tokens that covers [start, stop) of the trained grid gets n equal steps from start to stop * (n - 1) / n. The last
+    factor scales the whole stop, not the distance to start, as in the original code; at the trained size the positions are 0, 1, 2, ...
+
+    Returns:
+        positions of the rows (rows,) and of the columns (columns,), float32.
+    """
+    rows, columns = grid
+    if rows / columns > trained[0] / trained[1]:
+        covered = trained[0], round(trained[0] / rows * columns)
+    else:
+        covered = round(trained[1] / columns * rows), trained[1]
+    starts = [round((whole - part) / 2) for whole, part in zip(trained, covered, strict=True)]
+    y, x = (
+        torch.linspace(start, (start + part) * (n - 1) / n, n, device=device, dtype=torch.float32)
+        for start, part, n in zip(starts, covered, grid, strict=True)
+    )
+    return y, x
+
+
+def rotary_embedding(t: Tensor, y: Tensor, x: Tensor, head_dim: int) -> Rotary:
+    """Tables (cos, sin) for tokens at every combination of the positions t (frames,), y (rows,) and x (columns,).
+
+    Returns:
+        cos and sin, each (N, head_dim) in float32, N = frames * rows * columns; both channels of a pair hold the same value.
+
+    Raises:
+        ValueError: `head_dim` is not a multiple of 16 (three axes of whole channel pairs in the ratio 2 : 3 : 3).
+    """
+    if head_dim % 16:
+        raise ValueError(f"attention_head_dim={head_dim} cannot carry 3D rotary positions: it must be a multiple of 16.")
+    unit = head_dim // 16
+    axes = (
+        _angles(t, 4 * unit)[:, None, None],
+        _angles(y, 6 * unit)[None, :, None],
+        _angles(x, 6 * unit)[None, None, :],
+    )
+    joint = torch.cat([angles.expand(len(t), len(y), len(x), -1) for angles in axes], dim=-1)
+    joint = joint.flatten(0, 2).repeat_interleave(2, dim=-1)  # N x head_dim
+    return joint.cos(), joint.sin()
+
+
+def _angles(positions: Tensor, channels: int) -> Tensor:
+    """Angle of every channel pair at every position: (n,) -> (n, channels / 2), float32."""
+    exponents = torch.arange(0, channels, 2, dtype=torch.float32, device=positions.device) / channels
+    return positions.float()[:, None] * (1.0 / THETA**exponents)
+
+
+def with_text(rotary: Rotary, text_length: int) -> Rotary:
+    """Tables for the joint sequence [text; video] from those of the video: text tokens turn by angle 0, which is exactly the identity.
+
+    Args:
+        rotary: (cos, sin), each (N, d).
+        text_length: L.
+
+    Returns:
+        (cos, sin), each (L + N, d).
+    """
+    cos, sin = rotary
+    pad = (0, 0, text_length, 0)
+    return torch.nn.functional.pad(cos, pad, value=1.0), torch.nn.functional.pad(sin, pad)
+
+
+def apply_rotary(x: Tensor, rotary: Rotary) -> Tensor:
+    """Rotate neighbouring channel pairs, (a, b) -> (a cos - b sin, b cos + a sin), in float32.
+
+    Args:
+        x: (B, S, heads, d).
+        rotary: (cos, sin), each (S, d).
+
+    Returns:
+        the rotated x, in its own dtype.
+    """
+    cos, sin = (table.unsqueeze(1) for table in rotary)  # S x 1 x d, over batch and heads
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack((-b, a), dim=-1).flatten(-2)
+    return (x.float() * cos + turned.float() * sin).to(x.dtype)
