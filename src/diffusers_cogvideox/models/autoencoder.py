@@ -1,0 +1,195 @@
+"""`AutoencoderKLCogVideoX`: the 3D causal VAE, 4x8x8 compression. One walk over batch, tiles and chunks for both directions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import Tensor, nn
+
+from ..geometry import DECODE_CHUNK, ENCODE_CHUNK, chunk_spans
+from .causal_conv import ConvCache
+from .tiling import TileAxis, map_tiles
+from .vae_blocks import Decoder, Encoder
+
+__all__ = ["AutoencoderKLCogVideoX"]
+
+
+class AutoencoderKLCogVideoX(ModelMixin, AutoencoderMixin, ConfigMixin):
+    """Video (B, 3, F, H, W) in [-1, 1] <-> latents (B, C_z, f, h, w), f = (F - 1) / 4 + 1, h = H / 8, w = W / 8.
+
+    Frames are processed in chunks (8 frames when encoding, 2 latent frames when decoding, the remainder in the first chunk),
+    with the causal convolutions' last frames carried over. GroupNorm statistics are taken per chunk, so the chunk sizes are
+    part of the function. `latents * scaling_factor` is what the transformer sees. Config keys and state-dict keys are those
+    of the released checkpoints (`vae/config.json`).
+
+    Raises:
+        ValueError: at construction for block types other than CogVideoX's, and in encode/decode for tensors whose channels
+            or size do not fit.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["ResnetBlock"]  # noqa: RUF012 - diffusers reads a plain class attribute
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        down_block_types: tuple[str, ...] = ("CogVideoXDownBlock3D",) * 4,
+        up_block_types: tuple[str, ...] = ("CogVideoXUpBlock3D",) * 4,
+        block_out_channels: tuple[int, ...] = (128, 256, 256, 512),
+        latent_channels: int = 16,
+        layers_per_block: int = 3,
+        act_fn: str = "silu",
+        norm_eps: float = 1e-6,
+        norm_num_groups: int = 32,
+        temporal_compression_ratio: float = 4,
+        sample_height: int = 480,
+        sample_width: int = 720,
+        scaling_factor: float = 1.15258426,
+        shift_factor: float | None = None,  # noqa: ARG002 - the released configs carry these four unused keys
+        latents_mean: tuple[float, ...] | None = None,  # noqa: ARG002
+        latents_std: tuple[float, ...] | None = None,  # noqa: ARG002
+        force_upcast: bool = True,  # noqa: ARG002
+        use_quant_conv: bool = False,
+        use_post_quant_conv: bool = False,
+        invert_scale_latents: bool = False,  # noqa: ARG002 - read by the image-to-video condition
+    ) -> None:
+        super().__init__()
+        _check_block_types("down_block_types", down_block_types, "CogVideoXDownBlock3D", block_out_channels)
+        _check_block_types("up_block_types", up_block_types, "CogVideoXUpBlock3D", block_out_channels)
+        time_levels = int(math.log2(temporal_compression_ratio))
+        block = {"groups": norm_num_groups, "eps": norm_eps, "act_fn": act_fn}
+        self.encoder = Encoder(in_channels, latent_channels, block_out_channels, layers_per_block, time_levels, **block)
+        self.decoder = Decoder(latent_channels, out_channels, block_out_channels, layers_per_block, time_levels, **block)
+        self.quant_conv = nn.Conv3d(2 * latent_channels, 2 * latent_channels, 1) if use_quant_conv else None
+        self.post_quant_conv = nn.Conv3d(latent_channels, latent_channels, 1) if use_post_quant_conv else None
+
+        self.spatial_ratio = 2 ** (len(block_out_channels) - 1)
+        self.use_slicing = False
+        self.use_tiling = False
+        self.tile_sample_min_height = sample_height // 2
+        self.tile_sample_min_width = sample_width // 2
+        self.tile_overlap_factor_height = 1 / 6
+        self.tile_overlap_factor_width = 1 / 5
+
+    def enable_tiling(
+        self,
+        tile_sample_min_height: int | None = None,
+        tile_sample_min_width: int | None = None,
+        tile_overlap_factor_height: float | None = None,
+        tile_overlap_factor_width: float | None = None,
+    ) -> None:
+        """Encode and decode in overlapping, linearly blended tiles: less memory, not the same function (statistics per tile).
+
+        Args:
+            tile_sample_min_height, tile_sample_min_width: tile size in pixels; a tile covers the whole latent cells
+                (of 8 x 8 pixels) that fit. Pictures that are not larger are not tiled.
+            tile_overlap_factor_height, tile_overlap_factor_width: share of a tile, in [0, 1), that is blended with its
+                neighbour; rounded to whole latent cells.
+
+        Raises:
+            ValueError: a tile smaller than one latent cell or a factor outside [0, 1).
+        """
+        sizes = {"tile_sample_min_height": tile_sample_min_height, "tile_sample_min_width": tile_sample_min_width}
+        factors = {
+            "tile_overlap_factor_height": tile_overlap_factor_height,
+            "tile_overlap_factor_width": tile_overlap_factor_width,
+        }
+        for name, value in sizes.items():
+            if value is not None and value < self.spatial_ratio:
+                raise ValueError(f"{name}={value} is smaller than one latent cell: choose at least {self.spatial_ratio} pixels")
+        for name, value in factors.items():
+            if value is not None and not 0 <= value < 1:
+                raise ValueError(f"{name}={value} must lie in [0, 1): it is the share of a tile that overlaps its neighbour")
+        for name, value in (sizes | factors).items():
+            if value is not None:
+                setattr(self, name, value)
+        self.use_tiling = True
+
+    @apply_forward_hook
+    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
+        """Video (B, 3, F, H, W) in [-1, 1] -> the latents' diagonal Gaussian, mean and log-variance (B, C_z, f, h, w) each."""
+        _check_video("encode", x, self.config.in_channels, self.spatial_ratio)
+        posterior = DiagonalGaussianDistribution(self._run(self._encode_chunk, x, ENCODE_CHUNK, in_scale=self.spatial_ratio))
+        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+
+    @apply_forward_hook
+    def decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
+        """Latents (B, C_z, f, h, w), not multiplied by the scaling factor -> video (B, 3, F, H, W).
+
+        An odd f gives 4(f-1)+1 frames; an even f has no single first frame and gives 4f.
+        """
+        _check_video("decode", z, self.config.latent_channels, 1)
+        video = self._run(self._decode_chunk, z, DECODE_CHUNK, out_scale=self.spatial_ratio)
+        return DecoderOutput(sample=video) if return_dict else (video,)
+
+    def forward(
+        self,
+        sample: Tensor,
+        sample_posterior: bool = False,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> DecoderOutput | tuple[Tensor]:
+        """Encode and decode: (B, 3, F, H, W) -> (B, 3, F, H, W), through the posterior's mean or a sample of it."""
+        posterior = self.encode(sample).latent_dist
+        return self.decode(posterior.sample(generator) if sample_posterior else posterior.mode(), return_dict=return_dict)
+
+    def _encode_chunk(self, x: Tensor, cache: ConvCache) -> Tensor:
+        moments = self.encoder(x, cache)
+        return moments if self.quant_conv is None else self.quant_conv(moments)
+
+    def _decode_chunk(self, z: Tensor, cache: ConvCache) -> Tensor:
+        return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z), cache)
+
+    def _run(self, coder: Callable[[Tensor, ConvCache], Tensor], x: Tensor, chunk: int, *, in_scale: int = 1, out_scale: int = 1) -> Tensor:
+        """Apply a chunk coder to x (B, C, F, H, W): batch elements one by one if slicing, tiles if tiling, then chunks."""
+
+        def whole(part: Tensor) -> Tensor:
+            cache, results = ConvCache(), []
+            for start, stop in chunk_spans(part.shape[2], chunk):
+                results.append(coder(part[:, :, start:stop], cache))
+                cache = cache.advance()
+            return torch.cat(results, dim=2)
+
+        rows, columns = self._tile_axes(x.shape[-2] // in_scale, x.shape[-1] // in_scale)
+        tiled = self.use_tiling and (rows.length > rows.size or columns.length > columns.size)
+        parts = x.split(1) if self.use_slicing else [x]
+        if tiled:
+            return torch.cat([map_tiles(whole, part, rows, columns, in_scale=in_scale, out_scale=out_scale) for part in parts])
+        return torch.cat([whole(part) for part in parts])
+
+    def _tile_axes(self, latent_height: int, latent_width: int) -> tuple[TileAxis, TileAxis]:
+        """Tiles of the current settings over latents of this size; the overlap leaves each tile at least one cell of its own."""
+
+        def axis(length: int, pixels: int, factor: float) -> TileAxis:
+            size = max(1, pixels // self.spatial_ratio)
+            return TileAxis(length, size, min(round(size * factor), size - 1))
+
+        return (
+            axis(latent_height, self.tile_sample_min_height, self.tile_overlap_factor_height),
+            axis(latent_width, self.tile_sample_min_width, self.tile_overlap_factor_width),
+        )
+
+
+def _check_block_types(name: str, types: tuple[str, ...], expected: str, widths: tuple[int, ...]) -> None:
+    if len(types) != len(widths) or set(types) != {expected}:
+        raise ValueError(
+            f"{name}={tuple(types)} is not a CogVideoX VAE: it must name {expected!r} once for each of block_out_channels={tuple(widths)}"
+        )
+
+
+def _check_video(verb: str, x: Tensor, channels: int, multiple: int) -> None:
+    if x.ndim != 5 or x.shape[1] != channels or not x.shape[2]:
+        raise ValueError(f"{verb} takes (batch, {channels}, frames, height, width) with at least one frame, got {tuple(x.shape)}")
+    if x.shape[-2] % multiple or x.shape[-1] % multiple:
+        raise ValueError(
+            f"{verb}: height and width must be multiples of {multiple}, got {x.shape[-2]}x{x.shape[-1]}: crop or pad the video first"
+        )
