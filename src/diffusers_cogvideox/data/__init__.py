@@ -1,0 +1,1 @@
+"""Data for training and evaluation. Import from the modules: `moving_shapes` (endless clips), `captions`, `scenes`, `rendering`."""
