@@ -1,0 +1,117 @@
+"""What a training run is: one dataclass per part; its fields are the YAML keys, the CLI flags, the defaults and the help."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+__all__ = ["DataOptions", "Optimisation", "Stage", "TrainConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage of progressive training: how long, how many clips at once, how large they are."""
+
+    steps: int
+    """Optimiser steps."""
+    batch_size: int
+    """Clips per step and process."""
+    frames: int = 17
+    """Frames of a clip, 8k+1; 1 trains on images."""
+    crop: int | None = None
+    """Side in pixels of a random square crop (VAE only); the whole picture when absent."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch_size < 1:
+            raise ValueError(f"stages: steps={self.steps} and batch_size={self.batch_size} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Where the clips come from: the procedural world of moving shapes."""
+
+    seed: int = 0
+    """Seed of the world; clip i depends on (seed, i) only."""
+    objects: tuple[int, ...] = (1,)
+    """How many shapes a scene has, drawn with equal chance from these."""
+    height: int = 64
+    """Pixels."""
+    width: int = 64
+    """Pixels."""
+    clips: int | None = None
+    """Number of different clips (transformer: these are encoded once, before training); unlimited when absent."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimisation:
+    """AdamW, optionally Muon, with linear warm-up and cosine decay over all stages, and a moving average of the weights."""
+
+    learning_rate: float = 1e-3
+    """Peak learning rate of AdamW."""
+    muon_learning_rate: float | None = None
+    """Peak learning rate of Muon, which then trains the weight matrices; AdamW trains all when absent."""
+    final_learning_rate: float = 0.02
+    """Learning rate at the end as a share of the peak."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's moment decays (paper table 6)."""
+    weight_decay: float = 1e-4
+    """Decoupled weight decay (paper table 6)."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm (paper table 6)."""
+    ema_decay: float = 0.999
+    """Decay of the averaged weights, which are what is saved as the model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run."""
+
+    task: Literal["vae", "text_encoder", "transformer"]
+    """Which model to train, and so which objective."""
+    output: str
+    """Run folder: checkpoints, metrics.jsonl, the resolved configuration, and the trained model in final/."""
+    model: dict[str, Any]
+    """The model's config.json keys."""
+    stages: list[Stage]
+    """Stages, in order."""
+    vae: str | None = None
+    """Folder of the trained VAE (transformer only)."""
+    text_encoder: str | None = None
+    """Folder of the trained text encoder and its tokenizer (transformer only)."""
+    scheduler: dict[str, Any] = field(default_factory=dict)
+    """The noise schedule's config keys where they differ from CogVideoXScheduler's defaults (transformer only)."""
+    init_from: str | None = None
+    """Folder of weights to start from instead of a fresh initialisation."""
+    data: DataOptions = field(default_factory=DataOptions)
+    optimisation: Optimisation = field(default_factory=Optimisation)
+    objective: dict[str, float] = field(default_factory=dict)
+    """Weights and rates of the task's objective, e.g. kl_weight, text_dropout."""
+    seed: int = 0
+    """Seed of initialisation and noise."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """Arithmetic of forward and backward; weights and optimiser stay fp32."""
+    channels_last: bool = False
+    """Keep convolution weights and activations channels-last: faster for bf16 convolutions."""
+    compile: bool = False
+    """Compile the objective with torch.compile."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints; a run resumes exactly from the newest one when started again."""
+    keep_checkpoints: int = 2
+    """How many checkpoints to keep."""
+    log_every: int = 20
+    """Steps between lines of metrics.jsonl."""
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of all stages."""
+        return sum(stage.steps for stage in self.stages)
+
+    def stage_at(self, step: int) -> Stage:
+        """The stage that contains optimiser step `step`, counted from 0."""
+        for stage in self.stages:
+            if step < stage.steps:
+                return stage
+            step -= stage.steps
+        raise IndexError(f"step {step} lies beyond the last stage")

@@ -1,0 +1,38 @@
+"""Clips as latents: encoding them once, and the statistics that give the scaling factor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..data.moving_shapes import MovingShapes
+from ..models.autoencoder import AutoencoderKLCogVideoX
+
+__all__ = ["encode_clips", "latent_statistics"]
+
+
+def latent_statistics(latents: Tensor) -> dict[str, Any]:
+    """Mean and standard deviation of latents (N, F, C, H, W), overall and per channel, and the scaling factor 1 / std."""
+    values = latents.float()
+    per_channel = values.transpose(0, 2).flatten(1)
+    return {
+        "mean": values.mean().item(),
+        "std": values.std().item(),
+        "scaling_factor": 1 / values.std().item(),
+        "channel_mean": per_channel.mean(1).tolist(),
+        "channel_std": per_channel.std(1).tolist(),
+    }
+
+
+@torch.no_grad()
+def encode_clips(vae: AutoencoderKLCogVideoX, world: MovingShapes, count: int, *, batch_size: int = 16) -> Tensor:
+    """Latents (N, F, C, H, W) float16 of the first `count` samples of `world`: the posterior's mean, unscaled."""
+    parts = []
+    for start in tqdm(range(0, count, batch_size), desc=f"encoding {world.frames}-frame clips", mininterval=5):
+        videos, _, _ = world.batch(start, min(batch_size, count - start))
+        video = torch.from_numpy(videos).movedim(-1, 1).to(vae.device, vae.dtype)
+        parts.append(vae.encode(video).latent_dist.mode().transpose(1, 2).half().cpu())
+    return torch.cat(parts)

@@ -1,0 +1,79 @@
+"""What is minimised: the VAE's objective and the diffusion objective, as modules whose forward returns the loss.
+
+A module, so that one `accelerator.prepare` wraps model and loss together on any number of devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..models.autoencoder import AutoencoderKLCogVideoX
+
+__all__ = ["DiffusionObjective", "VAEObjective", "loss_by_bucket", "stratified_timesteps"]
+
+
+class VAEObjective(nn.Module):
+    """mean |x - x'| + mean (x - x')^2 + kl_weight * mean KL(q(z|x) || N(0, 1)), per element.
+
+    The reconstruction and KL terms of the paper's VAE loss (section 2.1); the perceptual and adversarial terms need weights of
+    other networks and are not part of it.
+    """
+
+    def __init__(self, vae: AutoencoderKLCogVideoX, kl_weight: float = 2e-4) -> None:
+        super().__init__()
+        self.model = vae
+        self.kl_weight = kl_weight
+
+    def forward(self, video: Tensor) -> dict[str, Tensor]:
+        """video (B, 3, F, H, W) in [-1, 1] -> scalars: loss and its parts."""
+        posterior = self.model.encode(video).latent_dist
+        reconstruction = self.model.decode(posterior.sample()).sample.float()
+        l1, mse = F.l1_loss(reconstruction, video), F.mse_loss(reconstruction, video)
+        mean, logvar = posterior.mean.float(), posterior.logvar.float()
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        return {"loss": l1 + mse + self.kl_weight * kl, "l1": l1, "mse": mse, "kl": kl}
+
+
+class DiffusionObjective(nn.Module):
+    """v-prediction: || v_theta(x_t, t, text) - v ||^2 with x_t = a x_0 + s eps, v = a eps - s x_0, a^2 = abar_t, s^2 = 1 - abar_t.
+
+    Equal to the original's x_0 error weighted by 1 / (1 - abar_t) (spec: v-MSE). abar has zero terminal SNR.
+    """
+
+    def __init__(self, transformer: nn.Module, alphas_cumprod: Tensor) -> None:
+        super().__init__()
+        self.model = transformer
+        self.register_buffer("alphas_cumprod", alphas_cumprod.float(), persistent=False)
+
+    def forward(
+        self, latents: Tensor, text: Tensor, timesteps: Tensor, noise: Tensor, rotary: tuple[Tensor, Tensor] | None
+    ) -> dict[str, Tensor]:
+        """latents, noise (B, F, C, H, W), already scaled; text (B, L, D); timesteps (B,) -> loss (scalar), per_sample (B,)."""
+        abar = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1, 1)
+        signal, sigma = abar.sqrt(), (1 - abar).sqrt()
+        noisy = signal * latents + sigma * noise
+        velocity = signal * noise - sigma * latents
+        prediction = self.model(noisy, text, timesteps, image_rotary_emb=rotary, return_dict=False)[0]
+        per_sample = (prediction.float() - velocity).square().flatten(1).mean(1)
+        return {"loss": per_sample.mean(), "per_sample": per_sample}
+
+
+def stratified_timesteps(count: int, train_timesteps: int, generator: torch.Generator) -> Tensor:
+    """`count` timesteps, one drawn uniformly in each of `count` equal intervals of [0, T), in random order.
+
+    Explicit uniform sampling (paper section 2.3) for one process: interval i belongs to sample i instead of rank i.
+    """
+    edges = torch.arange(count)[torch.randperm(count, generator=generator)]
+    fraction = (edges + torch.rand(count, generator=generator)) / count
+    return (fraction * train_timesteps).long().clamp_(max=train_timesteps - 1)
+
+
+def loss_by_bucket(per_sample: Tensor, timesteps: Tensor, train_timesteps: int, buckets: int = 5) -> Mapping[str, float]:
+    """Mean loss of the samples in each of `buckets` equal timestep ranges, as {"loss_t0": ..., "loss_t200": ...}."""
+    width = train_timesteps // buckets
+    index = (timesteps // width).clamp_(max=buckets - 1)
+    return {f"loss_t{b * width}": per_sample[index == b].mean().item() for b in range(buckets) if (index == b).any()}

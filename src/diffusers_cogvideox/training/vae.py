@@ -1,0 +1,79 @@
+"""Training the VAE: rendered clips in, reconstruction out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..data.moving_shapes import MovingShapes
+from ..models.autoencoder import AutoencoderKLCogVideoX
+from .config import TrainConfig
+from .latents import encode_clips, latent_statistics
+from .objectives import VAEObjective
+
+__all__ = ["VAETask"]
+
+_STATISTICS_CLIPS = 256
+
+
+def use_channels_last(model: nn.Module) -> None:
+    """Store convolution weights channels-last; 4-D and 5-D weights need different formats."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    for parameter in model.parameters():
+        if parameter.ndim in formats:
+            parameter.data = parameter.data.to(memory_format=formats[parameter.ndim])
+
+
+class VAETask:
+    """Reconstruction of rendered clips, whole or in random square crops."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        torch.manual_seed(config.seed)
+        if config.init_from:
+            vae = AutoencoderKLCogVideoX.from_pretrained(config.init_from)
+        else:
+            vae = AutoencoderKLCogVideoX.from_config(config.model)
+        if config.channels_last:
+            use_channels_last(vae)
+        self.objective = VAEObjective(vae.train(), **config.objective)
+
+    def batch(self, step: int) -> dict[str, Any]:
+        """{"video": (B, 3, F, H, W)} of optimiser step `step`."""
+        config, stage = self.config, self.config.stage_at(step)
+        data = config.data
+        world = MovingShapes(data.seed, objects=data.objects, frames=stage.frames, height=data.height, width=data.width)
+        # Every step has indices of its own, whatever the batch sizes of the stages.
+        start = step * max(s.batch_size for s in config.stages)
+        videos, _, _ = world.batch(start, stage.batch_size)
+        if stage.crop is not None:
+            videos = _random_crops(videos, stage.crop, np.random.default_rng((data.seed, step)))
+        video = torch.from_numpy(np.ascontiguousarray(videos)).movedim(-1, 1)
+        return {"video": video.to(memory_format=torch.channels_last_3d) if config.channels_last else video.contiguous()}
+
+    def save(self, folder: Path) -> None:
+        """The VAE with the scaling factor of its own latents, and their statistics beside it."""
+        vae = self.objective.model
+        world = MovingShapes(self.config.data.seed, objects=self.config.data.objects)
+        statistics = latent_statistics(encode_clips(vae.eval(), world, _STATISTICS_CLIPS))
+        vae.register_to_config(scaling_factor=round(statistics["scaling_factor"], 6))
+        vae.save_pretrained(folder)
+        (folder / "latent_statistics.json").write_text(json.dumps(statistics, indent=2) + "\n", encoding="utf8")
+
+    def metrics(self, batch: Mapping[str, Any], result: Mapping[str, Tensor]) -> dict[str, float]:
+        """The parts of the loss, and PSNR in dB (range 2)."""
+        parts = {name: float(result[name].detach()) for name in ("l1", "mse", "kl")}
+        return parts | {"psnr": float(10 * torch.log10(4 / result["mse"].detach()))}
+
+
+def _random_crops(videos: np.ndarray, side: int, rng: np.random.Generator) -> np.ndarray:
+    """A random square of `side` pixels from every clip: (B, F, H, W, 3) -> (B, F, side, side, 3)."""
+    height, width = videos.shape[2:4]
+    tops, lefts = rng.integers(0, height - side + 1, len(videos)), rng.integers(0, width - side + 1, len(videos))
+    return np.stack([v[:, t : t + side, x : x + side] for v, t, x in zip(videos, tops, lefts, strict=True)])
