@@ -1,0 +1,252 @@
+"""The part that all tasks share: components, state, text to embeddings, one call, latents to video."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers.loaders import CogVideoXLoraLoaderMixin
+from diffusers.video_processor import VideoProcessor
+from torch import Tensor
+
+from ..geometry import Geometry
+from ..presets import PRESETS, match_preset
+from .conditioning import Condition
+from .denoising import denoise
+from .output import CogVideoXPipelineOutput
+from .portability import PortablePipeline
+from .prompts import PromptInputs
+from .request import Request
+from .sampling import check_scheduler, set_timesteps
+
+__all__ = ["CogVideoXPipelineBase"]
+
+MakeCondition = Callable[[Tensor, Tensor], Condition]
+"""(timesteps (N,), a tensor with the dtype and device of the latents) -> Condition."""
+
+
+class CogVideoXPipelineBase(PortablePipeline, CogVideoXLoraLoaderMixin):
+    """Components, state and the course of one call of every CogVideoX pipeline.
+
+    A task is a subclass whose `__call__` makes a `Request` and a function that makes its `Condition`, and hands both to
+    `generate`. Callbacks may set `_guidance_scale` and `_interrupt` while the loop runs.
+    """
+
+    model_cpu_offload_seq = "text_encoder->transformer->vae"  # type: ignore[assignment]
+    _optional_components: list[str] = []  # noqa: RUF012 - diffusers reads plain class attributes
+    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]  # noqa: RUF012
+
+    tokenizer: Any
+    text_encoder: Any
+    vae: Any
+    transformer: Any
+    scheduler: Any
+
+    def _register(self, **components: Any) -> None:
+        """Take over the components of a subclass's `__init__`, whose annotations diffusers reads."""
+        self.register_modules(**components)
+        self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor_spatial)
+        self._guidance_scale = 1.0
+        self._attention_kwargs: dict[str, Any] | None = None
+        self._current_timestep: Tensor | None = None
+        self._interrupt = False
+        self._num_timesteps = 0
+
+    # --- facts about the model, under the names that diffusers' pipelines have --------------------------------------
+
+    @property
+    def geometry(self) -> Geometry:
+        """Size rules of this model; a component that was left out counts as the released one."""
+        vae = PRESETS["2b"].vae if self.vae is None else self.vae.config
+        transformer = PRESETS["2b"].transformer if self.transformer is None else self.transformer.config
+        return Geometry.from_configs(vae, transformer)
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels C of a video's latents: what the transformer predicts."""
+        return self.transformer.config.out_channels or self.transformer.config.in_channels
+
+    @property
+    def vae_scale_factor_spatial(self) -> int:
+        """Pixels per latent, in height and in width."""
+        return self.geometry.spatial_ratio
+
+    @property
+    def vae_scale_factor_temporal(self) -> int:
+        """Frames per latent frame."""
+        return self.geometry.temporal_ratio
+
+    @property
+    def vae_scaling_factor_image(self) -> float:
+        """What the VAE's latents are multiplied with for the transformer."""
+        return PRESETS["5b"].vae["scaling_factor"] if self.vae is None else self.vae.config.scaling_factor
+
+    @property
+    def guidance_scale(self) -> float:
+        """The guidance scale w of the current call, before any schedule (`use_dynamic_cfg`)."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the next step predicts with and without the prompt."""
+        return self._guidance_scale > 1
+
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of the current call."""
+        return self._num_timesteps
+
+    @property
+    def attention_kwargs(self) -> dict[str, Any] | None:
+        """What the current call hands to the attention processors."""
+        return self._attention_kwargs
+
+    @property
+    def current_timestep(self) -> Tensor | None:
+        """Timestep of the step that is running, None outside the loop."""
+        return self._current_timestep
+
+    @property
+    def interrupt(self) -> bool:
+        """Set `pipe._interrupt = True` in a callback to stop after that step; what exists is decoded."""
+        return self._interrupt
+
+    def call_defaults(self) -> dict[str, int]:
+        """What `__call__` uses for frames, size and text length when it is told nothing: what the model was trained for.
+
+        CogVideoX 1.5 states the size of its position table in its config, not that of its videos; those come from the presets.
+        Raises ValueError without a transformer.
+        """
+        if self.transformer is None:
+            raise ValueError("The pipeline has no transformer: load it with one.")
+        config, preset = self.transformer.config, match_preset(self.transformer.config)
+        height, width = self.geometry.pixel_size(config.sample_height, config.sample_width)
+        if preset and all(config[key] == preset.transformer[key] for key in ("sample_height", "sample_width")):
+            height, width = preset.height, preset.width
+        return {
+            "num_frames": config.sample_frames,
+            "height": height,
+            "width": width,
+            "max_sequence_length": config.max_text_seq_length,
+        }
+
+    # --- parts that can be called alone -----------------------------------------------------------------------------
+
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None,
+        negative_prompt: str | list[str] | None = None,
+        do_classifier_free_guidance: bool = True,
+        num_videos_per_prompt: int = 1,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        max_sequence_length: int = 226,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Embeddings of the prompts and of the unconditional half, (B * num_videos_per_prompt, L, D_text) each.
+
+        The parameters are those of `__call__`. The second result is None without guidance. The videos of one prompt follow
+        each other. `dtype` is by default that of the text encoder, or of the embeddings that are passed.
+
+        Raises:
+            ValueError, TypeError: for inputs that exclude each other or do not match in number or shape.
+        """
+        inputs = PromptInputs(
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+        )
+        where = device or self._execution_device
+        encoder = {"tokenizer": self.tokenizer, "text_encoder": self.text_encoder, "length": max_sequence_length, "device": where}
+
+        def finished(embeds: Tensor) -> Tensor:
+            return embeds.to(where, dtype or embeds.dtype).repeat_interleave(num_videos_per_prompt, dim=0)
+
+        positive = finished(inputs.encode(**encoder))
+        if not do_classifier_free_guidance:
+            return positive, None
+        if inputs.prompt_embeds is not None:  # the unconditional half must be as long as the embeddings that were passed
+            encoder["length"] = positive.shape[1]
+        return positive, finished(inputs.encode_negative(**encoder))
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Video (B, 3, F, H, W) in about [-1, 1] from the loop's latents (B, f, C, h, w)."""
+        latents = latents.transpose(1, 2).to(self.vae.dtype)
+        return self.vae.decode(latents / self.vae_scaling_factor_image).sample
+
+    def fuse_qkv_projections(self) -> None:
+        """Compute query, key and value of every attention layer of the transformer with one matrix product."""
+        self.transformer.fuse_qkv_projections()
+
+    def unfuse_qkv_projections(self) -> None:
+        """Undo `fuse_qkv_projections`."""
+        self.transformer.unfuse_qkv_projections()
+
+    # --- one call ---------------------------------------------------------------------------------------------------
+
+    def generate(self, request: Request, make_condition: MakeCondition) -> CogVideoXPipelineOutput | tuple[Any]:
+        """Text, timesteps, condition, loop, video: one call of any task.
+
+        Raises:
+            ValueError: for a request, scheduler or component placement that cannot give what was asked for.
+        """
+        request.check_size(self.geometry)
+        request.check_callback(self._callback_tensor_inputs)
+        check_scheduler(self.scheduler, request.eta)
+        self._check_components(request)
+        self._guidance_scale = request.guidance_scale
+        self._attention_kwargs = request.attention_kwargs
+        self._current_timestep, self._interrupt = None, False
+
+        positive, negative = self._embeddings(request)
+        timesteps = set_timesteps(self.scheduler, request.num_inference_steps, request.timesteps, self._execution_device)
+        condition = make_condition(timesteps, positive)
+        timesteps = timesteps[condition.first_step :]
+        self._num_timesteps = len(timesteps)
+        latents = denoise(self, condition, timesteps, request, positive, negative)
+        return self._finish(latents[:, condition.padding :], request)
+
+    def _embeddings(self, request: Request) -> tuple[Tensor, Tensor | None]:
+        """Embeddings of the request in the transformer's dtype: (B, L, D_text), and the unconditional half or None."""
+        guided = request.guidance_scale > 1
+        positive, negative = self.encode_prompt(
+            **vars(request.inputs),
+            do_classifier_free_guidance=guided and not request.zero_unconditional,
+            num_videos_per_prompt=request.num_videos_per_prompt,
+            max_sequence_length=request.max_sequence_length,
+            dtype=self.transformer.dtype,
+        )
+        width = self.transformer.config.text_embed_dim
+        if positive.shape[-1] != width:
+            raise ValueError(f"prompt_embeds are {positive.shape[-1]} wide, but the transformer reads embeddings of width {width}.")
+        return positive, torch.zeros_like(positive) if guided and request.zero_unconditional else negative
+
+    def _check_components(self, request: Request) -> None:
+        """Raise ValueError when a component that will be used is missing, or elsewhere than the call runs.
+
+        Offloaded ones are moved by their hooks; a missing text encoder is reported where text is encoded.
+        """
+        used = ["transformer"]
+        used += ["vae"] if request.output_type != "latent" else []
+        used += ["text_encoder"] if request.inputs.prompt is not None and self.text_encoder is not None else []
+        device = self._execution_device
+        for name in used:
+            component = getattr(self, name)
+            if component is None:
+                raise ValueError(f"The pipeline has no {name}: load it with one, or (without a vae) ask for output_type='latent'.")
+            if not hasattr(component, "_hf_hook") and component.device.type != device.type:
+                raise ValueError(
+                    f"{name} is on {component.device}, but the pipeline runs on {device}. Move all of it with pipe.to({device.type!r}), "
+                    "or use pipe.enable_model_cpu_offload()."
+                )
+
+    def _finish(self, latents: Tensor, request: Request) -> CogVideoXPipelineOutput | tuple[Any]:
+        """Decode latents (B, F, C, H, W) to the output type that was asked for, and let offloading take the models back."""
+        video = latents
+        if request.output_type != "latent":
+            video = self.video_processor.postprocess_video(self.decode_latents(latents), output_type=request.output_type)
+        self.maybe_free_model_hooks()
+        return CogVideoXPipelineOutput(frames=video) if request.return_dict else (video,)

@@ -1,0 +1,95 @@
+"""One call of a pipeline as a value: everything that is the same for all tasks, checked before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.utils import logging
+from torch import Tensor
+
+from ..geometry import Geometry
+from .guidance import dynamic_rule
+from .prompts import PromptInputs
+
+__all__ = ["OUTPUT_TYPES", "Request"]
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+logger = logging.get_logger(__name__)
+
+StepCallback = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any] | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a caller asked for. Field names are those of the pipelines' `__call__`, where they are described."""
+
+    inputs: PromptInputs
+    height: int
+    width: int
+    num_frames: int
+    num_inference_steps: int = 50
+    timesteps: list[int] | None = None
+    guidance_scale: float = 6.0
+    use_dynamic_cfg: bool | str = False
+    sequential_guidance: bool = False
+    zero_unconditional: bool = False
+    num_videos_per_prompt: int = 1
+    eta: float = 0.0
+    generator: torch.Generator | list[torch.Generator] | None = None
+    output_type: str = "pil"
+    return_dict: bool = True
+    attention_kwargs: dict[str, Any] | None = None
+    callback_on_step_end: StepCallback | None = None
+    callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",)
+    max_sequence_length: int = 226
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for whatever can be told wrong without a model."""
+        dynamic_rule(self.use_dynamic_cfg)
+        if self.output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type={self.output_type!r} is unknown: use one of {OUTPUT_TYPES}.")
+        for name in ("num_videos_per_prompt", "max_sequence_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} is not possible: it must be at least 1.")
+        if isinstance(self.generator, (list, tuple)) and len(self.generator) != self.count:
+            raise ValueError(
+                f"{len(self.generator)} generators for {self.count} videos (prompts x num_videos_per_prompt): pass one for all, or "
+                "one for each."
+            )
+        inputs = self.inputs
+        negative = inputs.negative_prompt is not None or inputs.negative_prompt_embeds is not None
+        if self.zero_unconditional and negative:
+            raise ValueError("zero_unconditional=True leaves no place for a negative prompt: pass one of the two.")
+        if self.guidance_scale <= 1 and (negative or self.use_dynamic_cfg):
+            logger.warning(f"guidance_scale={self.guidance_scale} turns guidance off: negative prompts and use_dynamic_cfg have no effect.")
+
+    @classmethod
+    def from_call(cls, arguments: Mapping[str, Any], defaults: Mapping[str, Any]) -> Request:
+        """The request behind the arguments of a pipeline's `__call__`; None stands for the model's or this class's default."""
+        given = {**defaults, **{name: value for name, value in arguments.items() if value is not None}}
+        callback = given.get("callback_on_step_end")
+        if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
+            given["callback_on_step_end_tensor_inputs"] = callback.tensor_inputs
+        inputs = PromptInputs(**{field.name: given.get(field.name) for field in fields(PromptInputs)})
+        return cls(inputs=inputs, **{field.name: given[field.name] for field in fields(cls) if field.name in given})
+
+    @property
+    def count(self) -> int:
+        """Number of videos B that one call makes."""
+        return self.inputs.count * self.num_videos_per_prompt
+
+    def check_size(self, geometry: Geometry) -> None:
+        """Raise ValueError, naming the nearest legal value, for a frame count or size that the model cannot make exactly."""
+        geometry.check_frames(self.num_frames)
+        geometry.check_size(self.height, self.width)
+
+    def check_callback(self, names: Sequence[str]) -> None:
+        """Raise ValueError when the callback asks for tensors other than `names`."""
+        unknown = sorted(set(self.callback_on_step_end_tensor_inputs) - set(names))
+        if unknown:
+            raise ValueError(f"callback_on_step_end_tensor_inputs names {unknown}, but only {list(names)} exist.")
