@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import ClassVar
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -21,7 +22,7 @@ from .vae_blocks import Decoder, Encoder
 __all__ = ["AutoencoderKLCogVideoX"]
 
 
-class AutoencoderKLCogVideoX(ModelMixin, AutoencoderMixin, ConfigMixin):
+class AutoencoderKLCogVideoX(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[misc]
     """Video (B, 3, F, H, W) in [-1, 1] <-> latents (B, C_z, f, h, w), f = (F - 1) / 4 + 1, h = H / 8, w = W / 8.
 
     Frames are processed in chunks (8 frames when encoding, 2 latent frames when decoding, the remainder in the first chunk),
@@ -35,7 +36,7 @@ class AutoencoderKLCogVideoX(ModelMixin, AutoencoderMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["ResnetBlock"]  # noqa: RUF012 - diffusers reads a plain class attribute
+    _no_split_modules: ClassVar[list[str]] = ["ResnetBlock"]  # type: ignore[misc,assignment]
 
     @register_to_config
     def __init__(
@@ -53,7 +54,7 @@ class AutoencoderKLCogVideoX(ModelMixin, AutoencoderMixin, ConfigMixin):
         temporal_compression_ratio: float = 4,
         sample_height: int = 480,
         sample_width: int = 720,
-        scaling_factor: float = 1.15258426,
+        scaling_factor: float = 1.15258426,  # noqa: ARG002 - read by the pipelines
         shift_factor: float | None = None,  # noqa: ARG002 - the released configs carry these four unused keys
         latents_mean: tuple[float, ...] | None = None,  # noqa: ARG002
         latents_std: tuple[float, ...] | None = None,  # noqa: ARG002
@@ -98,8 +99,11 @@ class AutoencoderKLCogVideoX(ModelMixin, AutoencoderMixin, ConfigMixin):
         Raises:
             ValueError: a tile smaller than one latent cell or a factor outside [0, 1).
         """
-        sizes = {"tile_sample_min_height": tile_sample_min_height, "tile_sample_min_width": tile_sample_min_width}
-        factors = {
+        sizes: Mapping[str, float | None] = {
+            "tile_sample_min_height": tile_sample_min_height,
+            "tile_sample_min_width": tile_sample_min_width,
+        }
+        factors: Mapping[str, float | None] = {
             "tile_overlap_factor_height": tile_overlap_factor_height,
             "tile_overlap_factor_width": tile_overlap_factor_width,
         }
@@ -109,7 +113,7 @@ class AutoencoderKLCogVideoX(ModelMixin, AutoencoderMixin, ConfigMixin):
         for name, value in factors.items():
             if value is not None and not 0 <= value < 1:
                 raise ValueError(f"{name}={value} must lie in [0, 1): it is the share of a tile that overlaps its neighbour")
-        for name, value in (sizes | factors).items():
+        for name, value in {**sizes, **factors}.items():
             if value is not None:
                 setattr(self, name, value)
         self.use_tiling = True
@@ -117,7 +121,7 @@ class AutoencoderKLCogVideoX(ModelMixin, AutoencoderMixin, ConfigMixin):
     @apply_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """Video (B, 3, F, H, W) in [-1, 1] -> the latents' diagonal Gaussian, mean and log-variance (B, C_z, f, h, w) each."""
-        _check_video("encode", x, self.config.in_channels, self.spatial_ratio)
+        _check_video("encode", x, self.config["in_channels"], self.spatial_ratio)
         posterior = DiagonalGaussianDistribution(self._run(self._encode_chunk, x, ENCODE_CHUNK, in_scale=self.spatial_ratio))
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
@@ -127,7 +131,7 @@ class AutoencoderKLCogVideoX(ModelMixin, AutoencoderMixin, ConfigMixin):
 
         An odd f gives 4(f-1)+1 frames; an even f has no single first frame and gives 4f.
         """
-        _check_video("decode", z, self.config.latent_channels, 1)
+        _check_video("decode", z, self.config["latent_channels"], 1)
         video = self._run(self._decode_chunk, z, DECODE_CHUNK, out_scale=self.spatial_ratio)
         return DecoderOutput(sample=video) if return_dict else (video,)
 

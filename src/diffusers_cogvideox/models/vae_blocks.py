@@ -7,6 +7,7 @@ State-dict keys are the released checkpoints' (encoder.down_blocks.0.resnets.0.c
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -127,13 +128,15 @@ class Upsample(nn.Module):
 class Level(nn.Module):
     """Residual blocks of one resolution, then a resampler in the list that the checkpoints call `downsamplers` or `upsamplers`."""
 
+    _gradient_checkpointing_func: Any  # set, with gradient_checkpointing, by diffusers' ModelMixin
+
     def __init__(self, widths: Sequence[int], resamplers: str = "", resampler: nn.Module | None = None, **block: Any) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList(ResnetBlock(a, b, **block) for a, b in zip(widths, widths[1:], strict=False))
+        self.resnets = nn.ModuleList(ResnetBlock(a, b, **block) for a, b in pairwise(widths))
         self.resampler_name = resamplers if resampler is not None else None
         if resampler is not None:
             setattr(self, resamplers, nn.ModuleList([resampler]))
-        self.gradient_checkpointing = False  # set, with _gradient_checkpointing_func, by diffusers' ModelMixin
+        self.gradient_checkpointing = False
 
     def forward(self, x: Tensor, z: Tensor | None, cache: ConvCache) -> Tensor:
         """(B, C_in, F, H, W) -> (B, C_out, F', H', W') after the resampler."""

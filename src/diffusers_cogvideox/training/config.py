@@ -81,7 +81,7 @@ class TrainConfig:
     text_encoder: str | None = None
     """Folder of the trained text encoder and its tokenizer (transformer only)."""
     scheduler: dict[str, Any] = field(default_factory=dict)
-    """The noise schedule's config keys where they differ from CogVideoXScheduler's defaults (transformer only)."""
+    """The noise schedule's config keys where they differ from CogVideoX-5B's (transformer only)."""
     init_from: str | None = None
     """Folder of weights to start from instead of a fresh initialisation."""
     data: DataOptions = field(default_factory=DataOptions)

@@ -8,20 +8,22 @@ import math
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import send_to_device, set_seed
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 
 from .config import Optimisation, TrainConfig
+from .objectives import Objective
 from .optimizers import build_optimizers
 
 __all__ = ["Task", "run"]
@@ -29,12 +31,13 @@ __all__ = ["Task", "run"]
 logger = logging.getLogger(__name__)
 
 Checkpoint = Callable[[int, nn.Module], None]
+"""(step, model with its averaged weights in place): called after each checkpoint, e.g. to evaluate."""
 
 
 class Task(Protocol):
     """What differs between tasks: the objective with the model in it, its batches, and how its model is saved."""
 
-    objective: nn.Module
+    objective: Objective
 
     def batch(self, step: int) -> dict[str, Any]:
         """Keyword arguments of the objective for optimiser step `step`; depends on the step and the seed only."""
@@ -44,19 +47,6 @@ class Task(Protocol):
 
     def save(self, folder: Path) -> None:
         """Write the model, its averaged weights in place, with whatever belongs to it."""
-
-
-class _Progress:
-    """The step counter, in the form that accelerate saves with a checkpoint."""
-
-    def __init__(self) -> None:
-        self.step = 0
-
-    def state_dict(self) -> dict[str, int]:
-        return {"step": self.step}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.step = state["step"]
 
 
 def learning_rate_factor(step: int, total: int, options: Optimisation) -> float:
@@ -70,94 +60,120 @@ def learning_rate_factor(step: int, total: int, options: Optimisation) -> float:
 def run(config: TrainConfig, task: Task, on_checkpoint: Checkpoint | None = None) -> Path:
     """Train until the last stage is done, resuming from the newest checkpoint in the run folder. Returns <output>/final.
 
-    Ctrl-C saves a checkpoint before it stops. `on_checkpoint(step, averaged model)` may evaluate.
+    Ctrl-C saves a checkpoint before it stops; the same call then goes on exactly where it was.
+
+    Raises:
+        FloatingPointError: the gradients became infinite or NaN.
     """
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf8")
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
-    set_seed(config.seed)
-    options = config.optimisation
-    model = task.objective.model
-    task.objective.to(accelerator.device)
-    optimizers = build_optimizers(model, options)
-    schedules = [LambdaLR(o, lambda step: learning_rate_factor(step, config.total_steps, options)) for o in optimizers]
-    ema = EMAModel(model.parameters(), decay=options.ema_decay)
-    progress = _Progress()
-    objective, *prepared = accelerator.prepare(task.objective, *optimizers, *schedules)
-    accelerator.register_for_checkpointing(ema, progress)
-    _resume(accelerator, folder)
-    forward = torch.compile(objective) if config.compile else objective
-
-    log = _Log(folder / "metrics.jsonl", config.log_every)
-    bar = tqdm(total=config.total_steps, initial=progress.step, desc=config.task, mininterval=5, disable=not accelerator.is_main_process)
+    training = _Training(config, task, folder)
+    bar = tqdm(total=config.total_steps, initial=training.done, desc=config.task, mininterval=5, disable=not training.is_main)
     try:
-        while progress.step < config.total_steps:
-            batch = task.batch(progress.step)
-            result = forward(**batch)
-            accelerator.backward(result["loss"])
-            norm = accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm)
-            if not torch.isfinite(norm):
-                raise FloatingPointError(
-                    f"the gradient norm at step {progress.step} is {float(norm)}: lower learning_rate={options.learning_rate} "
-                    f"or start again from the last checkpoint in {folder}"
-                )
-            for part in prepared:  # optimisers, then their schedules
-                part.step()
-            model.zero_grad()
-            ema.step(model.parameters())
-            progress.step += 1
-            bar.update()
-            log.add(progress.step, {"loss": result["loss"], "grad_norm": norm}, task.metrics(batch, result), schedules[0])
-            if progress.step % config.checkpoint_every == 0 or progress.step == config.total_steps:
-                _save(accelerator, folder, progress.step, config.keep_checkpoints)
-                if on_checkpoint is not None:
-                    _with_averaged_weights(ema, model, lambda: on_checkpoint(progress.step, model))
+        with bar, _Log(folder / "metrics.jsonl", config.log_every) as log:
+            while training.done < config.total_steps:
+                log.add(training.step(), training.done, training.learning_rate)
+                bar.update()
+                if training.done % config.checkpoint_every == 0 or training.done == config.total_steps:
+                    training.save(config.keep_checkpoints)
+                    if on_checkpoint is not None:
+                        with training.averaged() as model:
+                            on_checkpoint(training.done, model)
     except KeyboardInterrupt:
-        _save(accelerator, folder, progress.step, config.keep_checkpoints)
-        logger.warning("stopped at step %d of %d; start the same command again to go on", progress.step, config.total_steps)
+        training.save(config.keep_checkpoints)
+        logger.warning("stopped at step %d of %d; start the same command again to go on", training.done, config.total_steps)
         raise
-    finally:
-        bar.close()
-        log.close()
-    final = folder / "final"
-    if accelerator.is_main_process:
-        _with_averaged_weights(ema, model, lambda: task.save(final))
-    return final
+    if training.is_main:
+        with training.averaged():
+            task.save(folder / "final")
+    return folder / "final"
 
 
-def _with_averaged_weights(ema: EMAModel, model: nn.Module, action: Callable[[], None]) -> None:
-    ema.store(model.parameters())
-    ema.copy_to(model.parameters())
-    try:
-        action()
-    finally:
-        ema.restore(model.parameters())
+class _Training:
+    """Everything that changes from step to step, and that a checkpoint therefore keeps."""
+
+    def __init__(self, config: TrainConfig, task: Task, folder: Path) -> None:
+        self.accelerator = Accelerator(mixed_precision=config.mixed_precision)
+        set_seed(config.seed)
+        self.task, self.folder, self.options = task, folder, config.optimisation
+        self.model = task.objective.model
+        task.objective.to(self.accelerator.device)
+        optimizers = build_optimizers(self.model, self.options)
+        schedules = [LambdaLR(o, lambda step: learning_rate_factor(step, config.total_steps, self.options)) for o in optimizers]
+        self.ema = EMAModel(self.model.parameters(), decay=self.options.ema_decay)
+        self.objective, *self.updates = self.accelerator.prepare(task.objective, *optimizers, *schedules)
+        self.schedule = schedules[0]
+        self.done = 0  # optimiser steps
+        self.accelerator.register_for_checkpointing(self.ema, self)
+        if existing := _checkpoints(folder):
+            logger.info("resuming from %s", existing[-1])
+            self.accelerator.load_state(str(existing[-1]))
+        if config.compile:
+            self.objective = torch.compile(self.objective)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and shows progress."""
+        return self.accelerator.is_main_process
+
+    @property
+    def learning_rate(self) -> float:
+        """Of AdamW, at the next step."""
+        return float(self.schedule.get_last_lr()[0])
+
+    def state_dict(self) -> dict[str, int]:
+        """What a checkpoint keeps beside weights, optimisers, averages and random states."""
+        return {"step": self.done}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Continue from a checkpoint."""
+        self.done = state["step"]
+
+    def step(self) -> dict[str, float]:
+        """One optimiser step; returns its figures."""
+        batch = self.task.batch(self.done)
+        result = self.objective(**send_to_device(batch, self.accelerator.device))
+        self.accelerator.backward(result["loss"])
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.options.max_grad_norm)
+        if not torch.isfinite(norm):
+            raise FloatingPointError(
+                f"the gradient norm at step {self.done} is {float(norm)}: lower learning_rate={self.options.learning_rate} "
+                f"or start again from the last checkpoint in {self.folder}"
+            )
+        for update in self.updates:  # optimisers, then their schedules
+            update.step()
+        self.model.zero_grad()
+        self.ema.step(self.model.parameters())
+        self.done += 1
+        return {"loss": float(result["loss"].detach()), "grad_norm": float(norm), **self.task.metrics(batch, result)}
+
+    @contextmanager
+    def averaged(self) -> Iterator[nn.Module]:
+        """The model with its averaged weights, for the length of a with-block."""
+        self.ema.store(self.model.parameters())
+        self.ema.copy_to(self.model.parameters())
+        try:
+            yield self.model
+        finally:
+            self.ema.restore(self.model.parameters())
+
+    def save(self, keep: int) -> None:
+        """Write checkpoint-<step>, under another name first, so that an interrupted write is never taken for a checkpoint."""
+        partial, target = self.folder / f"partial-{self.done}", self.folder / f"checkpoint-{self.done}"
+        self.accelerator.save_state(str(partial))
+        if not self.is_main:
+            return
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+        for old in _checkpoints(self.folder)[:-keep]:
+            shutil.rmtree(old)
 
 
 def _checkpoints(folder: Path) -> list[Path]:
     """Finished checkpoint folders, oldest first."""
     found = [p for p in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
     return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
-
-
-def _resume(accelerator: Accelerator, folder: Path) -> None:
-    if existing := _checkpoints(folder):
-        logger.info("resuming from %s", existing[-1])
-        accelerator.load_state(str(existing[-1]))
-
-
-def _save(accelerator: Accelerator, folder: Path, step: int, keep: int) -> None:
-    """Write checkpoint-<step> under another name first, so that an interrupted write is never taken for a checkpoint."""
-    partial = folder / f"partial-{step}"
-    accelerator.save_state(str(partial))
-    if not accelerator.is_main_process:
-        return
-    target = folder / f"checkpoint-{step}"
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
-    for old in _checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
 
 
 class _Log:
@@ -169,16 +185,19 @@ class _Log:
         self.sums: dict[str, list[float]] = {}
         self.started = time.monotonic()
 
-    def add(self, step: int, tensors: Mapping[str, Tensor], extra: Mapping[str, float], schedule: Any) -> None:
-        values = {name: float(value.detach()) for name, value in tensors.items()} | dict(extra)
+    def __enter__(self) -> _Log:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def add(self, values: Mapping[str, float], step: int, learning_rate: float) -> None:
+        """Take in the figures of one step; write a line when it is due."""
         for name, value in values.items():
             self.sums.setdefault(name, []).append(value)
         if step % self.every == 0:
             line = {name: round(sum(v) / len(v), 6) for name, v in self.sums.items()}
-            line |= {"step": step, "lr": schedule.get_last_lr()[0], "seconds": round(time.monotonic() - self.started, 1)}
+            line |= {"step": step, "lr": learning_rate, "seconds": round(time.monotonic() - self.started, 1)}
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()
             self.sums.clear()
-
-    def close(self) -> None:
-        self.file.close()

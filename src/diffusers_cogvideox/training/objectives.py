@@ -13,10 +13,18 @@ from torch import Tensor, nn
 
 from ..models.autoencoder import AutoencoderKLCogVideoX
 
-__all__ = ["DiffusionObjective", "VAEObjective", "loss_by_bucket", "stratified_timesteps"]
+__all__ = ["DiffusionObjective", "Objective", "VAEObjective", "loss_by_bucket", "stratified_timesteps"]
 
 
-class VAEObjective(nn.Module):
+class Objective(nn.Module):
+    """A model and what it minimises: the forward returns {"loss": scalar, ...}."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+
+class VAEObjective(Objective):
     """mean |x - x'| + mean (x - x')^2 + kl_weight * mean KL(q(z|x) || N(0, 1)), per element.
 
     The reconstruction and KL terms of the paper's VAE loss (section 2.1); the perceptual and adversarial terms need weights of
@@ -24,9 +32,10 @@ class VAEObjective(nn.Module):
     """
 
     def __init__(self, vae: AutoencoderKLCogVideoX, kl_weight: float = 2e-4) -> None:
-        super().__init__()
-        self.model = vae
+        super().__init__(vae)
         self.kl_weight = kl_weight
+
+    model: AutoencoderKLCogVideoX
 
     def forward(self, video: Tensor) -> dict[str, Tensor]:
         """video (B, 3, F, H, W) in [-1, 1] -> scalars: loss and its parts."""
@@ -38,16 +47,17 @@ class VAEObjective(nn.Module):
         return {"loss": l1 + mse + self.kl_weight * kl, "l1": l1, "mse": mse, "kl": kl}
 
 
-class DiffusionObjective(nn.Module):
+class DiffusionObjective(Objective):
     """v-prediction: || v_theta(x_t, t, text) - v ||^2 with x_t = a x_0 + s eps, v = a eps - s x_0, a^2 = abar_t, s^2 = 1 - abar_t.
 
     Equal to the original's x_0 error weighted by 1 / (1 - abar_t) (spec: v-MSE). abar has zero terminal SNR.
     """
 
     def __init__(self, transformer: nn.Module, alphas_cumprod: Tensor) -> None:
-        super().__init__()
-        self.model = transformer
+        super().__init__(transformer)
         self.register_buffer("alphas_cumprod", alphas_cumprod.float(), persistent=False)
+
+    alphas_cumprod: Tensor
 
     def forward(
         self, latents: Tensor, text: Tensor, timesteps: Tensor, noise: Tensor, rotary: tuple[Tensor, Tensor] | None

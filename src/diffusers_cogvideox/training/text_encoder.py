@@ -19,7 +19,7 @@ import numpy as np
 import sentencepiece
 import torch
 import torch.nn.functional as F
-from sentencepiece.sentencepiece_model_pb2 import ModelProto
+from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
@@ -28,6 +28,7 @@ from ..data.moving_shapes import MovingShapes, Scene
 from ..data.scenes import BACKGROUNDS, COLORS, MOTIONS, SHAPES
 from ..files import atomic_path
 from .config import TrainConfig
+from .objectives import Objective
 
 __all__ = ["TextEncoderTask", "tokenize", "train_tokenizer"]
 
@@ -98,12 +99,11 @@ def scene_targets(scenes: Sequence[Scene], prompts: Sequence[str]) -> Tensor:
     return torch.tensor(rows)
 
 
-class _AttributeObjective(nn.Module):
+class _AttributeObjective(Objective):
     """Mean cross-entropy of every attribute of the scene, read linearly from every token."""
 
     def __init__(self, encoder: T5EncoderModel) -> None:
-        super().__init__()
-        self.model = encoder
+        super().__init__(encoder)
         self.readout = nn.Linear(encoder.config.d_model, sum(len(names) + 1 for names in _VOCABULARIES))
 
     def forward(self, ids: Tensor, targets: Tensor) -> dict[str, Tensor]:
@@ -127,9 +127,9 @@ class TextEncoderTask:
         bias_std = model.pop("relative_bias_std", 2.0)
         self.tokenizer = train_tokenizer(vocabulary_corpus(), Path(config.output) / "tokenizer", self.length)
         torch.manual_seed(config.seed)
-        encoder = T5EncoderModel(T5Config(vocab_size=len(self.tokenizer), **model))
-        bias = encoder.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
-        nn.init.normal_(bias.weight, std=bias_std)
+        self.encoder = encoder = T5EncoderModel(T5Config(vocab_size=len(self.tokenizer), **model))
+        bias = encoder.get_parameter("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight")
+        nn.init.normal_(bias, std=bias_std)
         self.objective = _AttributeObjective(encoder.train())
 
     def batch(self, step: int) -> dict[str, Any]:
@@ -140,11 +140,11 @@ class TextEncoderTask:
         scenes, prompts = zip(*(world.describe(int(rng.integers(2**31))) for _ in range(stage.batch_size)), strict=True)
         return {"ids": tokenize(self.tokenizer, prompts, self.length), "targets": scene_targets(scenes, prompts)}
 
-    def metrics(self, batch: Mapping[str, Any], result: Mapping[str, Tensor]) -> dict[str, float]:
+    def metrics(self, batch: Mapping[str, Any], result: Mapping[str, Tensor]) -> dict[str, float]:  # noqa: ARG002
         """Accuracy over all tokens and attributes."""
         return {"accuracy": float(result["accuracy"])}
 
     def save(self, folder: Path) -> None:
         """Encoder and tokenizer in one folder."""
-        self.objective.model.save_pretrained(folder)
+        self.encoder.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)

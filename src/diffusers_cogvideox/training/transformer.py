@@ -19,6 +19,7 @@ from ..files import atomic_path
 from ..models.autoencoder import AutoencoderKLCogVideoX
 from ..models.rope import rope_for
 from ..models.transformer import CogVideoXTransformer3DModel, initialize_for_training
+from ..presets import PRESETS
 from ..schedulers.scheduler import CogVideoXScheduler
 from .config import DataOptions, TrainConfig
 from .latents import encode_clips
@@ -50,7 +51,7 @@ class TransformerTask:
         self.config = config
         self.tokenizer = T5Tokenizer.from_pretrained(config.text_encoder)
         self.text_encoder = T5EncoderModel.from_pretrained(config.text_encoder).eval().requires_grad_(False)
-        scheduler = CogVideoXScheduler(**config.scheduler)
+        scheduler = CogVideoXScheduler(**PRESETS["5b"].scheduler | config.scheduler)
         self.train_timesteps = scheduler.config.num_train_timesteps
         torch.manual_seed(config.seed)
         if config.init_from:
@@ -58,6 +59,7 @@ class TransformerTask:
         else:
             transformer = CogVideoXTransformer3DModel.from_config(config.model)
             initialize_for_training(transformer)
+        self.transformer = transformer
         self.clips = self._encode(config.vae, transformer.config)
         self.text_dropout = config.objective.get("text_dropout", 0.1)
         self.objective = DiffusionObjective(transformer.train(), scheduler.alphas_cumprod)
@@ -100,7 +102,7 @@ class TransformerTask:
 
     def save(self, folder: Path) -> None:
         """The transformer."""
-        self.objective.model.save_pretrained(folder)
+        self.transformer.save_pretrained(folder)
 
     def metrics(self, batch: Mapping[str, Any], result: Mapping[str, Tensor]) -> dict[str, float]:
         """Loss by timestep range."""

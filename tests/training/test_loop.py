@@ -1,0 +1,134 @@
+"""The loop: exact resume, schedules, logs, interruption."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffusers_cogvideox.models.autoencoder import AutoencoderKLCogVideoX
+from diffusers_cogvideox.training.config import DataOptions, Optimisation, Stage, TrainConfig
+from diffusers_cogvideox.training.loop import learning_rate_factor, run
+from diffusers_cogvideox.training.vae import VAETask
+from parity import TINY_VAE
+
+DATA = DataOptions(height=32, width=32)
+
+
+def config(output: Path, **changes: Any) -> TrainConfig:
+    """A VAE run of six steps in two stages."""
+    options: dict[str, Any] = {
+        "task": "vae",
+        "output": str(output),
+        "model": TINY_VAE,
+        "stages": [Stage(steps=3, batch_size=2, frames=1), Stage(steps=3, batch_size=1, frames=9, crop=16)],
+        "data": DATA,
+        "optimisation": Optimisation(learning_rate=1e-3, muon_learning_rate=0.01, warmup_steps=2),
+        "checkpoint_every": 3,
+        "log_every": 1,
+    }
+    return TrainConfig(**options | changes)
+
+
+class Interrupted(VAETask):
+    """Stops as Ctrl-C would, before the fifth step."""
+
+    def batch(self, step: int) -> dict[str, Any]:
+        if step == 4:
+            raise KeyboardInterrupt
+        return super().batch(step)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "diffusion_pytorch_model.safetensors")
+
+
+def lines(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_interrupted_run_resumes_exactly(tmp_path: Path) -> None:
+    whole = config(tmp_path / "whole")
+    run(whole, VAETask(whole))
+    parted = config(tmp_path / "parted")
+    with pytest.raises(KeyboardInterrupt):
+        run(parted, Interrupted(parted))
+    assert {p.name for p in (tmp_path / "parted").glob("*-*")} == {"checkpoint-3", "checkpoint-4"}
+    run(parted, VAETask(parted))
+    expected, result = weights(tmp_path / "whole" / "final"), weights(tmp_path / "parted" / "final")
+    assert expected.keys() == result.keys()
+    assert all(torch.equal(expected[name], result[name]) for name in expected)
+    assert [line["loss"] for line in lines(tmp_path / "whole")] == [line["loss"] for line in lines(tmp_path / "parted")]
+
+
+def test_finished_run_is_not_trained_again(tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    run(settings, VAETask(settings))
+    before = weights(tmp_path / "final")
+    run(settings, VAETask(settings))
+    assert len(lines(tmp_path)) == 6
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights(tmp_path / "final").items())
+
+
+def test_saved_vae_scales_its_own_latents_to_unit_variance(tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    final = run(settings, VAETask(settings))
+    vae = AutoencoderKLCogVideoX.from_pretrained(final)
+    statistics = json.loads((final / "latent_statistics.json").read_text())
+    assert vae.config.scaling_factor == pytest.approx(1 / statistics["std"], rel=1e-4)
+
+
+def test_training_reduces_the_loss(tmp_path: Path) -> None:
+    settings = config(tmp_path, stages=[Stage(steps=40, batch_size=4, frames=1)], checkpoint_every=100)
+    run(settings, VAETask(settings))
+    log = [line["loss"] for line in lines(tmp_path)]
+    assert sum(log[-5:]) < 0.8 * sum(log[:5])
+
+
+def test_callback_sees_averaged_weights_and_training_goes_on_from_its_own(tmp_path: Path) -> None:
+    settings = config(tmp_path, optimisation=replace(config(tmp_path).optimisation, ema_decay=0.5))
+    task, seen = VAETask(settings), []
+    run(settings, task, lambda step, model: seen.append((step, model.encoder.conv_in.conv.weight.detach().clone())))
+    assert [step for step, _ in seen] == [3, 6]
+    assert not torch.equal(seen[-1][1], task.objective.model.encoder.conv_in.conv.weight)
+    assert torch.equal(seen[-1][1], weights(tmp_path / "final")["encoder.conv_in.conv.weight"])
+
+
+def test_nonfinite_gradients_stop_the_run(tmp_path: Path) -> None:
+    class Broken(VAETask):
+        def batch(self, step: int) -> dict[str, Any]:
+            return {"video": super().batch(step)["video"] * float("nan")}
+
+    settings = config(tmp_path)
+    with pytest.raises(FloatingPointError, match="learning_rate"):
+        run(settings, Broken(settings))
+
+
+@pytest.mark.parametrize(("step", "expected"), [(0, 0.1), (9, 1.0), (10, 1.0), (55, 0.51), (100, 0.02), (200, 0.02)])
+def test_learning_rate_warms_up_and_decays_along_a_cosine(step: int, expected: float) -> None:
+    options = Optimisation(warmup_steps=10, final_learning_rate=0.02)
+    assert learning_rate_factor(step, 100, options) == pytest.approx(expected, abs=1e-6)
+
+
+def test_stages_follow_each_other(tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    assert [settings.stage_at(step).frames for step in range(6)] == [1, 1, 1, 9, 9, 9]
+    with pytest.raises(IndexError, match="beyond the last stage"):
+        settings.stage_at(6)
+
+
+def test_impossible_stage_is_refused() -> None:
+    with pytest.raises(ValueError, match="steps=0"):
+        Stage(steps=0, batch_size=1)
+
+
+def test_metrics_name_the_parts(tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    run(settings, VAETask(settings))
+    assert {"loss", "l1", "mse", "kl", "psnr", "grad_norm", "lr", "step", "seconds"} <= set(lines(tmp_path)[0])
+    saved: Mapping[str, Any] = json.loads((tmp_path / "config.json").read_text())
+    assert saved["task"] == "vae" and len(saved["stages"]) == 2

@@ -1,0 +1,91 @@
+"""Training the transformer on a tiny VAE and text encoder: batches, caching of latents, resume, the saved model."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import T5Config, T5EncoderModel
+
+from diffusers_cogvideox.models.autoencoder import AutoencoderKLCogVideoX
+from diffusers_cogvideox.models.transformer import CogVideoXTransformer3DModel
+from diffusers_cogvideox.training import transformer as module
+from diffusers_cogvideox.training.config import DataOptions, Stage, TrainConfig
+from diffusers_cogvideox.training.curves import plot_curves
+from diffusers_cogvideox.training.latents import latent_statistics
+from diffusers_cogvideox.training.loop import run
+from diffusers_cogvideox.training.text_encoder import train_tokenizer
+from diffusers_cogvideox.training.transformer import TransformerTask
+from parity import TINY_TRANSFORMERS, TINY_VAE
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Folders of a tiny VAE and a tiny text encoder."""
+    folder = tmp_path_factory.mktemp("parts")
+    AutoencoderKLCogVideoX(**TINY_VAE).save_pretrained(folder / "vae")
+    tokenizer = train_tokenizer(["a red circle moves right", "a blue square rests"], folder / "text", 7)
+    T5EncoderModel(T5Config(vocab_size=len(tokenizer), d_model=24, d_ff=16, d_kv=8, num_heads=2, num_layers=1)).save_pretrained(
+        folder / "text"
+    )
+    return {"vae": str(folder / "vae"), "text_encoder": str(folder / "text")}
+
+
+def config(output: Path, parts: dict[str, str], **changes: Any) -> TrainConfig:
+    options: dict[str, Any] = {
+        "task": "transformer",
+        "output": str(output),
+        "model": TINY_TRANSFORMERS["5b"] | {"sample_height": 4, "sample_width": 4},
+        "stages": [Stage(steps=2, batch_size=3, frames=1), Stage(steps=2, batch_size=2, frames=9)],
+        "data": DataOptions(height=32, width=32, clips=4),
+        "checkpoint_every": 2,
+        "log_every": 1,
+    }
+    return TrainConfig(**options | parts | changes)
+
+
+def test_run_saves_a_transformer_and_its_curves(tmp_path: Path, parts: dict[str, str]) -> None:
+    settings = config(tmp_path, parts)
+    final = run(settings, TransformerTask(settings))
+    assert CogVideoXTransformer3DModel.from_pretrained(final).config.num_layers == 2
+    assert plot_curves([tmp_path], tmp_path / "curves.png").stat().st_size > 1000
+
+
+def test_clips_are_encoded_once_and_scaled(tmp_path: Path, parts: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    first = TransformerTask(config(tmp_path, parts))
+    monkeypatch.setattr(module, "encode_clips", lambda *_: pytest.fail("encoded again"))
+    again = TransformerTask(config(tmp_path, parts))
+    batch, same = first.batch(3), again.batch(3)
+    assert all(torch.equal(batch[name], same[name]) for name in ("latents", "text", "timesteps", "noise"))
+    assert batch["latents"].shape == (2, 3, 4, 4, 4) and batch["text"].shape == (2, 7, 24)
+    video = torch.from_numpy(first.clips[9].world.batch(0, 4)[0]).movedim(-1, 1)
+    vae = AutoencoderKLCogVideoX.from_pretrained(parts["vae"])
+    with torch.no_grad():
+        expected = vae.encode(video).latent_dist.mode().transpose(1, 2) * vae.config.scaling_factor
+    torch.testing.assert_close(first.clips[9].latents.float(), expected, atol=2e-2, rtol=2e-2)  # kept in half precision
+
+
+def test_dropped_captions_are_the_empty_string(tmp_path: Path, parts: dict[str, str]) -> None:
+    task = TransformerTask(config(tmp_path, parts, objective={"text_dropout": 1.0}))
+    text = task.batch(0)["text"]
+    torch.testing.assert_close(text, task._embed([""]).expand_as(text))
+
+
+def test_scheduler_has_zero_terminal_snr_unless_told_otherwise(tmp_path: Path, parts: dict[str, str]) -> None:
+    assert TransformerTask(config(tmp_path, parts)).objective.alphas_cumprod[-1] == 0
+    shifted = TransformerTask(config(tmp_path, parts, scheduler={"snr_shift_scale": 3.0}))
+    assert shifted.objective.alphas_cumprod[500] < TransformerTask(config(tmp_path, parts)).objective.alphas_cumprod[500]
+
+
+@pytest.mark.parametrize("missing", ["vae", "text_encoder", "data"])
+def test_missing_parts_are_named(tmp_path: Path, parts: dict[str, str], missing: str) -> None:
+    with pytest.raises(ValueError, match="needs vae, text_encoder"):
+        TransformerTask(config(tmp_path, parts, **{missing: DataOptions() if missing == "data" else None}))
+
+
+def test_latent_statistics() -> None:
+    latents = torch.randn(64, 3, 4, 8, 8) * 2 + torch.arange(4.0).view(1, 1, 4, 1, 1)
+    statistics = latent_statistics(latents)
+    assert statistics["channel_mean"] == pytest.approx([0, 1, 2, 3], abs=0.1)
+    assert statistics["channel_std"] == pytest.approx([2] * 4, abs=0.1)
+    assert statistics["scaling_factor"] == pytest.approx(1 / statistics["std"])
