@@ -1,0 +1,72 @@
+"""What every benchmark needs: a description of the machine, timing and peak memory by stage, and results that appear whole."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffusers_cogvideox.files import atomic_path
+
+__all__ = ["RESULTS", "Stages", "machine", "peak_gib", "write_result"]
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on: processor, memory, accelerator, versions."""
+    return {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "ram_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in ("torch", "diffusers", "diffusers-cogvideox")},
+    }
+
+
+def _processor() -> str:
+    """Name of the processor, from Linux where that is the system."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def peak_gib() -> float:
+    """Largest resident memory of this process until now, in GiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / 2 ** (30 if sys.platform == "darwin" else 20), 3)  # macOS counts bytes, Linux KiB
+
+
+class Stages:
+    """Wall time of each stage and the process's peak memory at its end."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.peak_gib: dict[str, float] = {"start": peak_gib()}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Measure the block as stage `name`."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - start, 3)
+        self.peak_gib[name] = peak_gib()
+
+
+def write_result(path: Path, result: dict[str, Any]) -> None:
+    """Write `result` with the machine's description as JSON; the file appears whole or not at all."""
+    with atomic_path(path) as partial:
+        partial.write_text(json.dumps({"machine": machine(), **result}, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,116 @@
+"""Can this machine run CogVideoX-2B? Full-size models with random weights in bfloat16 make a short video; time and memory by stage.
+
+    python benchmarks/full_size_2b.py [--tiny] [--steps 2] [--output FILE.json]
+
+Random prompt embeddings take the place of the T5-XXL text encoder, which runs before and apart from all this. Nothing is ever held in
+float32: weights are made in their final precision.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from common import RESULTS, Stages, write_result
+from diffusers_cogvideox import PRESETS, AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
+from diffusers_cogvideox.files import check_writable
+
+PRESET = PRESETS["2b"]
+TINY_TRANSFORMER = {"num_layers": 2, "num_attention_heads": 2, "text_embed_dim": 32, "time_embed_dim": 32}
+TINY_VAE = {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4}
+
+
+@torch.no_grad()
+def random_model(cls: type[nn.Module], config: dict[str, Any], dtype: torch.dtype) -> nn.Module:
+    """A model whose weights are drawn in `dtype` at once: matrices normal with variance 1 / fan-in, norms the identity."""
+    with torch.device("meta"):
+        model = cls(**config)
+    model = nn.Module.to(model, dtype).to_empty(device="cpu").eval()  # diffusers' own `to` warns about every cast
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(std=parameter[0].numel() ** -0.5)
+        else:
+            parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+    return model
+
+
+def build(tiny: bool, dtype: torch.dtype) -> CogVideoXPipeline:
+    """The text-to-video pipeline without text encoder, of released or tiny widths."""
+    transformer = random_model(CogVideoXTransformer3DModel, PRESET.transformer | (TINY_TRANSFORMER if tiny else {}), dtype)
+    vae = random_model(AutoencoderKLCogVideoX, PRESET.vae | (TINY_VAE if tiny else {}), dtype)
+    scheduler = CogVideoXDDIMScheduler(**PRESET.scheduler)
+    return CogVideoXPipeline(tokenizer=None, text_encoder=None, vae=vae, transformer=transformer, scheduler=scheduler)
+
+
+def run(pipe: CogVideoXPipeline, options: argparse.Namespace, stages: Stages) -> list[float]:
+    """Make one video; returns the seconds of each denoising step, guidance included."""
+    config = pipe.transformer.config
+    shape = 1, config.max_text_seq_length, config.text_embed_dim
+    generator = torch.Generator().manual_seed(0)
+    embeds = torch.randn(2, *shape, generator=generator).to(pipe.transformer.dtype)
+    marks = [time.perf_counter()]
+
+    def mark(*_: Any) -> dict[str, Any]:
+        marks.append(time.perf_counter())
+        return {}
+
+    pipe.set_progress_bar_config(disable=True)
+    with stages.stage("denoise"):
+        latents = pipe(
+            prompt_embeds=embeds[0],
+            negative_prompt_embeds=embeds[1],
+            num_frames=options.frames,
+            height=options.height,
+            width=options.width,
+            num_inference_steps=options.steps,
+            generator=generator,
+            output_type="latent",
+            callback_on_step_end=mark,
+        ).frames
+    with stages.stage("decode"), torch.no_grad():
+        video = pipe.decode_latents(latents)
+    if video.shape != (1, 3, options.frames, options.height, options.width) or not torch.isfinite(video).all():
+        raise RuntimeError(f"the video is wrong: shape {tuple(video.shape)}, finite: {bool(torch.isfinite(video).all())}")
+    return [round(after - before, 3) for before, after in itertools.pairwise(marks)]
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--frames", type=int, default=9)
+    parser.add_argument("--height", type=int, default=240)
+    parser.add_argument("--width", type=int, default=240)
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--tiny", action="store_true", help="tiny widths, to try the script")
+    parser.add_argument("--output", type=Path, default=RESULTS / "full_size_2b.json")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure and write the result."""
+    options, stages = parse(), Stages()
+    check_writable(options.output)
+    with stages.stage("build"):
+        pipe = build(options.tiny, torch.bfloat16)
+    steps = run(pipe, options, stages)
+    result = {
+        "what": "CogVideoX-2B architecture" + (", tiny widths" if options.tiny else "") + ", random weights, bfloat16, guidance on",
+        "parameters": {name: sum(p.numel() for p in getattr(pipe, name).parameters()) for name in ("transformer", "vae")},
+        "video": {name: getattr(options, name) for name in ("frames", "height", "width", "steps")},
+        "seconds": stages.seconds,
+        "seconds_per_step": steps,
+        "peak_gib": stages.peak_gib["decode"],
+        "peak_gib_after": stages.peak_gib,
+    }
+    write_result(options.output, result)
+    print(f"{sum(stages.seconds.values()):.0f} s, peak {result['peak_gib']} GiB: {options.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""Every script in examples/ runs, on a tiny pipeline in place of the shipped one, and makes the file that it names."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from tiny_pipeline import save_stock_folder
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_stock_folder(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.mark.parametrize("script", EXAMPLES, ids=lambda path: path.stem)
+def test_example_runs(script, folder, tmp_path, monkeypatch, capsys):
+    assert len(script.read_text(encoding="utf-8").splitlines()) <= 40
+    suffix = ".png" if "OUTPUT.png" in script.read_text(encoding="utf-8") else ".mp4"
+    output = tmp_path / f"made{suffix}"
+    monkeypatch.setattr(sys, "argv", [str(script), str(folder), str(output)])
+    runpy.run_path(str(script), run_name="__main__")
+    assert output.stat().st_size > 0
+    assert str(output) in capsys.readouterr().out
+
+
+def test_full_size_benchmark_runs_in_small(tmp_path, monkeypatch):
+    """The same code as for the full size, on tiny models."""
+    result = tmp_path / "result.json"
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.setattr(sys, "argv", ["full_size_2b.py", "--tiny", "--steps", "2", "--output", str(result)])
+    runpy.run_path(str(ROOT / "benchmarks" / "full_size_2b.py"), run_name="__main__")
+    measured = json.loads(result.read_text(encoding="utf-8"))
+    assert measured["video"] == {"frames": 9, "height": 240, "width": 240, "steps": 2}
+    assert set(measured["seconds"]) >= {"build", "denoise", "decode"}
+    assert 0 < measured["peak_gib"] < 100
+    assert measured["machine"]["torch"]
