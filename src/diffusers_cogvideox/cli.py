@@ -1,0 +1,205 @@
+"""The command `cogvideox <verb>`: reads options, runs the verb, prints what it returns; mistakes become one line and exit status 2.
+
+Verbs are imported when they run, so that help is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import inspect
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentParser, DefaultHelpFormatter, set_parsing_settings
+
+from .options import EvaluateOptions, GenerateOptions, InfoOptions
+from .training.config import TrainConfig
+
+__all__ = ["VERBS", "Verb", "main", "parser_for"]
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+# --- the verbs ----------------------------------------------------------------------------------------------------------
+
+
+def _generate(options: GenerateOptions) -> str:
+    from .pipelines.generate import generate
+
+    return "\n".join(map(str, generate(options)))
+
+
+def _info(options: InfoOptions) -> str:
+    from .pipelines.info import info
+
+    return info(options)
+
+
+def _evaluate(options: EvaluateOptions) -> str:
+    from .evaluation.shapes import evaluate
+
+    return evaluate(options)
+
+
+_TASKS = {"vae": "VAETask", "text_encoder": "TextEncoderTask", "transformer": "TransformerTask"}
+
+
+def _train(config: TrainConfig) -> str:
+    from .training.loop import run
+
+    sys.stderr.write(f"training the {config.task} in {config.output}: checkpoints, metrics.jsonl, config.json; Ctrl-C stops and saves\n")
+    module = importlib.import_module(f".training.{config.task}", __package__)
+    return f"the trained model is in {run(config, getattr(module, _TASKS[config.task])(config))}"
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A sub-command: what it does in one line, the dataclass of its options, the function that takes them and returns what to print."""
+
+    summary: str
+    options: type
+    run: Callable[[Any], str]
+    usage: str
+    optional_positionals: tuple[str, ...] = ()
+    reads_file: bool = False
+
+
+VERBS = {
+    "generate": Verb("make videos of what a prompt says", GenerateOptions, _generate, "PROMPT"),
+    "info": Verb("tell what a checkpoint is", InfoOptions, _info, "[MODEL]", ("model",)),
+    "evaluate": Verb("measure how well a model shows what prompts say", EvaluateOptions, _evaluate, "shapes [MODEL]", ("model",)),
+    "train": Verb("train a model as a YAML file says", TrainConfig, _train, "CONFIG.yaml", reads_file=True),
+}
+
+
+# --- their options ------------------------------------------------------------------------------------------------------
+
+
+class _HelpFormatter(DefaultHelpFormatter):
+    """The help of each option as it is written, with its default where that says something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = " ".join((action.help or "").split())
+        silent = isinstance(action.default, bool) or action.default in (None, argparse.SUPPRESS) or "(default:" in text
+        return text if silent else f"{text} (default: %(default)s)"
+
+
+class _Parser(ArgumentParser):
+    """Parser of one verb: --words-with-dashes, --flag and --no-flag for booleans, errors in one line."""
+
+    verb: Verb | None = None  # jsonargparse makes parsers of nested dataclasses too, which have none
+
+    def add_argument(self, *names: str, **options: Any) -> Any:
+        """Add what jsonargparse derives from a field, in the spelling of the command line."""
+        verb = getattr(self, "verb", None)  # jsonargparse lends this method to its groups of nested options
+        if options.get("type") is bool:
+            options.pop("type")
+            options["action"] = ActionYesNo(no_prefix="no-")
+        if verb is not None:
+            names, options = _spelled(verb, names, options)
+        return super().add_argument(*names, **options)
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:  # noqa: ARG002 - the signature is jsonargparse's
+        """Print one line and exit with status 2."""
+        self.exit(2, f"{self.prog}: error: {_in_one_line(message)}\n")
+
+
+def _spelled(verb: Verb, names: tuple[str, ...], options: dict[str, Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Names and options of an argument in the spelling of the command line."""
+    field = names[0].removeprefix("--")
+    if choices := _choices(get_type_hints(verb.options).get(field)):
+        options["metavar"] = f"{{{','.join(choices)}}}"
+    if field in verb.optional_positionals:
+        names, options["nargs"] = (field,), "?"
+    if not names[0].startswith("-"):
+        options.setdefault("metavar", field.upper())
+    elif not verb.reads_file:  # where it does, flags are spelled like the keys of the file
+        names = tuple(name.replace("_", "-") for name in names)
+    return names, options
+
+
+def _choices(annotation: Any) -> tuple[str, ...]:
+    """The values of a Literal or Optional[Literal]."""
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    return next(filter(None, map(_choices, get_args(annotation))), ()) if get_origin(annotation) in (Union, UnionType) else ()
+
+
+def _in_one_line(message: str) -> str:
+    """What jsonargparse says about a value of the wrong type, shortly; other messages without their line breaks."""
+    key = re.search(r'[Kk]ey "([^"]+)"', message)
+    value = re.search(r"(?:Given value|Got value): (.*)", message)
+    kinds = [kind for kind in re.findall(r"Expected an? (.*?)(?:\. Got|$)", message, re.MULTILINE) if "NoneType" not in kind]
+    if not (key and value and kinds):
+        return " ".join(message.split())
+    names = [re.sub(r"typing\.Literal\[(.*)\]|<class '(.*)'>", lambda m: f"one of {m[1]}" if m[1] else m[2], kind) for kind in kinds]
+    return f"--{key[1].replace('_', '-')} {value[1]} is not possible: expected {' or '.join(names)}"
+
+
+def parser_for(name: str) -> ArgumentParser:
+    """The parser of one verb."""
+    verb = VERBS[name]
+    usage = f"cogvideox {name} {verb.usage} [options]"
+    parser = _Parser(
+        prog=f"cogvideox {name}",
+        usage=usage,
+        description=inspect.getdoc(verb.options),
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.verb = verb
+    if verb.reads_file:
+        parser.add_argument("--config", action=ActionConfigFile, help="The YAML file; the flag may be left out before a first argument.")
+    parser.add_class_arguments(verb.options, as_group=False, as_positional=not verb.reads_file)
+    return parser
+
+
+def _parse(name: str, arguments: Sequence[str]) -> Any:
+    """The options of a verb from its arguments; exits with status 2, or 0 after help."""
+    parser, verb = parser_for(name), VERBS[name]
+    if verb.reads_file and arguments and not arguments[0].startswith("-"):
+        arguments = ["--config", *arguments]
+    found = parser.instantiate(parser.parse_args(arguments))
+    return verb.options(**{field.name: found[field.name] for field in fields(verb.options)})
+
+
+# --- the command --------------------------------------------------------------------------------------------------------
+
+
+def _top_parser() -> argparse.ArgumentParser:
+    """The parser of everything before the verb's own arguments."""
+    width = max(map(len, VERBS)) + 2
+    verbs = "\n".join(f"  {name:<{width}}{verb.summary}" for name, verb in VERBS.items())
+    parser = argparse.ArgumentParser(
+        prog="cogvideox",
+        usage="cogvideox VERB ...",
+        description="Make, inspect, measure and train CogVideoX video models.",
+        epilog=f'verbs:\n{verbs}\n\n`cogvideox VERB --help` tells what a verb needs. Try: cogvideox generate "a red circle moves right"',
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {importlib.metadata.version('diffusers-cogvideox')}")
+    parser.add_argument("verb", metavar="VERB", choices=list(VERBS), help="what to do: one of the verbs below")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line, by default that of the process. Returns the exit status: 0, 2 after a mistake, 130 after Ctrl-C."""
+    given = _top_parser().parse_args(arguments)
+    try:
+        text = VERBS[given.verb].run(_parse(given.verb, given.arguments))
+    except KeyboardInterrupt:
+        sys.stderr.write(f"\ncogvideox {given.verb}: stopped\n")
+        return 130
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.stderr.write(f"cogvideox {given.verb}: error: {' '.join(str(error).split())}\n")
+        return 2
+    sys.stdout.write(f"{text}\n")
+    return 0

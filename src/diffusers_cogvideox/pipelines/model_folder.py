@@ -1,0 +1,179 @@
+"""A model folder as data: its configs, what it recommends for sampling, and what is in its weight files. Nothing is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+
+from ..demo import demo_model
+from ..geometry import Geometry
+from ..options import DEMO
+from ..presets import PRESETS, Preset, match_preset
+from .folder import check_folder
+
+__all__ = ["RECOMMENDATIONS", "ModelFolder", "Recommended", "is_main_variant", "read_json", "weight_files"]
+
+RECOMMENDATIONS = "cogvideox.json"
+"""A file in a model folder that says how to sample from it: any of the fields of `Recommended`."""
+
+_CLASSES = {"transformer": "CogVideoXTransformer3DModel", "vae": "AutoencoderKLCogVideoX"}
+_SAMPLED = 2**20  # bytes of each weight file that enter the fingerprint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recommended:
+    """How a model wants to be sampled. The defaults are for a model that says nothing."""
+
+    height: int  # pixels
+    width: int  # pixels
+    num_frames: int
+    fps: int = 8
+    sampler: str = "ddim"  # "ddim" or "dpm"
+    num_inference_steps: int = 50
+    guidance_scale: float = 6.0
+    use_dynamic_cfg: bool = False
+    max_sequence_length: int = 226  # text tokens
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A pipeline folder, or the folder of one component, and the configs in it by the component's name."""
+
+    path: Path
+    configs: Mapping[str, Mapping[str, Any]]
+    revision: str | None = None  # commit of a hub repository
+
+    @classmethod
+    def open(cls, model: str | os.PathLike[str]) -> ModelFolder:
+        """Read the configs of a folder, of a hub repository (only its small files are fetched), or of the shipped model ("demo").
+
+        Raises:
+            FileNotFoundError: for a folder that is not there, or holds neither a pipeline nor a component.
+            OSError: for a file that is not valid JSON, or a repository that cannot be reached.
+        """
+        path, revision = _locate(str(model))
+        config = path / "config.json"
+        if config.is_file() and not (path / "model_index.json").is_file():
+            name = next((name for name, known in _CLASSES.items() if read_json(config).get("_class_name") == known), path.name)
+            return cls(path, {name: read_json(config)})
+        if revision is None:
+            check_folder(path)
+        index = {name: entry for name, entry in read_json(path / "model_index.json").items() if not name.startswith("_")}
+        files = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
+        return cls(path, {name: read_json(path / name / files.get(name, "config.json")) for name in index}, revision)
+
+    def folder(self, component: str) -> Path:
+        """Folder of one component."""
+        return self.path if len(self.configs) == 1 else self.path / component
+
+    @cached_property
+    def pipeline(self) -> str | None:
+        """Class name of the pipeline that model_index.json names."""
+        index = self.path / "model_index.json"
+        return read_json(index).get("_class_name") if index.is_file() else None
+
+    @cached_property
+    def preset(self) -> Preset | None:
+        """The release that this is, if it is one."""
+        return match_preset(self.configs["transformer"]) if "transformer" in self.configs else None
+
+    @cached_property
+    def geometry(self) -> Geometry:
+        """Size rules; a transformer or a VAE alone counts as part of a released model."""
+        released = PRESETS["2b"]
+        return Geometry.from_configs(self.configs.get("vae", released.vae), self.configs.get("transformer", released.transformer))
+
+    @cached_property
+    def recommended(self) -> Recommended:
+        """The release's recommendations, or those of the configs; then whatever the folder's cogvideox.json says.
+
+        Raises:
+            ValueError: for an unknown key in that file.
+        """
+        known = {field.name for field in fields(Recommended)}
+        preset = self.preset
+        base = Recommended(**{name: getattr(preset, name) for name in known}) if preset else self._read_from_configs()
+        file = self.path / RECOMMENDATIONS
+        own = read_json(file) if file.is_file() else {}
+        if unknown := sorted(set(own) - known):
+            raise ValueError(f"{file} holds unknown keys {unknown}: known are {sorted(known)}.")
+        return replace(base, **own)
+
+    def _read_from_configs(self) -> Recommended:
+        config = self.configs["transformer"]
+        height, width = self.geometry.pixel_size(config["sample_height"], config["sample_width"])
+        scheduler = self.configs.get("scheduler", {}).get("_class_name", "")
+        return Recommended(
+            height=height,
+            width=width,
+            num_frames=config["sample_frames"],
+            max_sequence_length=config["max_text_seq_length"],
+            sampler="dpm" if "DPM" in scheduler else "ddim",
+        )
+
+    def fingerprint(self) -> str:
+        """Hexadecimal digits that change with any config and, practically, with any retraining.
+
+        A hash of all configs and of name, size and last MiB of every weight file: quick for files of any size. The commit, for a
+        repository.
+        """
+        if self.revision:
+            return self.revision
+        digest = hashlib.sha256(json.dumps(self.configs, sort_keys=True).encode())
+        for component in sorted(self.configs):
+            for file in weight_files(self.folder(component)):
+                digest.update(f"{file.name} {file.stat().st_size}".encode())
+                with file.open("rb") as stream:
+                    stream.seek(-min(_SAMPLED, file.stat().st_size), os.SEEK_END)
+                    digest.update(stream.read())
+        return digest.hexdigest()[:16]
+
+
+def is_main_variant(name: str) -> bool:
+    """Whether a file name is that of weights in their main variant, whole or a shard; "name.fp16.safetensors" is not."""
+    return re.fullmatch(r"[^.]+\.safetensors", name) is not None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a component in its main variant."""
+    return sorted(file for file in folder.iterdir() if is_main_variant(file.name)) if folder.is_dir() else []
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises FileNotFoundError, and OSError for anything else than an object."""
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no file {file}.")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # JSON and UTF-8 errors are both ValueErrors
+        raise OSError(f"{file} is not valid JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise OSError(f"{file} holds a {type(content).__name__}, not a JSON object.")
+    return content
+
+
+def _locate(model: str) -> tuple[Path, str | None]:
+    """The folder of a model and None; for a hub repository, the cached folder of its small files, and its commit."""
+    if model == DEMO:
+        return demo_model(), None
+    if Path(model).is_dir():
+        return Path(model), None
+    reason = "repositories are named owner/name"
+    if model.count("/") == 1:
+        try:
+            snapshot = Path(snapshot_download(model, allow_patterns=["*.json"]))
+            return snapshot, snapshot.name
+        except (OSError, HFValidationError) as error:
+            reason = str(error).splitlines()[0]
+    raise FileNotFoundError(f"there is no folder {model!r}, and no such repository on the hub ({reason}).")

@@ -1,0 +1,136 @@
+"""Everything that a video depends on besides its prompt and seed: chosen, checked, written down, and applied to a pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..options import DEMO, SamplingOptions
+from ..schedulers.scheduler import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
+from .model_folder import ModelFolder
+from .pipeline import CogVideoXPipeline
+
+__all__ = ["Settings", "choose_settings", "load_pipeline", "make_videos", "to_uint8", "with_sampler"]
+
+_SAMPLERS = {"ddim": CogVideoXDDIMScheduler, "dpm": CogVideoXDPMScheduler}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """All settings of one video. Two runs with equal settings, prompt and seed on one machine give the same video."""
+
+    model: str  # folder, hub repository, or "demo"
+    fingerprint: str  # of the model's files, see ModelFolder.fingerprint
+    sampler: str
+    num_inference_steps: int
+    guidance_scale: float
+    use_dynamic_cfg: bool
+    negative_prompt: str | None = None
+    height: int  # pixels
+    width: int  # pixels
+    num_frames: int
+    fps: int
+    max_sequence_length: int  # text tokens
+    dtype: str
+    device: str
+
+    def call_arguments(self) -> dict[str, Any]:
+        """The settings that are arguments of the pipeline's `__call__`."""
+        elsewhere = ("model", "fingerprint", "sampler", "fps", "dtype", "device")
+        return {name: value for name, value in asdict(self).items() if name not in elsewhere}
+
+
+def choose_settings(options: SamplingOptions, model: str, **chosen: Any) -> Settings:
+    """The checkpoint's recommendations, overridden by the options and by `chosen` (fields of Settings); None leaves a choice open.
+
+    Everything that can be checked without loading weights is checked.
+
+    Raises:
+        ValueError: for settings that the model, the device or the precision cannot do; the message names what is possible.
+        OSError: for a model that is not there or not whole.
+    """
+    folder = ModelFolder.open(model)
+    _check_task(folder)
+    device = check_device(options.device)
+    flags = {"sampler": options.sampler, "num_inference_steps": options.steps, "guidance_scale": options.guidance_scale} | chosen
+    values: dict[str, Any] = asdict(folder.recommended) | {name: value for name, value in flags.items() if value is not None}
+    values["dtype"] = options.dtype or _native_dtype(values["dtype"], device)
+    name = str(folder.path.resolve()) if Path(model).is_dir() and model != DEMO else model
+    settings = Settings(model=name, fingerprint=folder.fingerprint(), device=device, **values)
+    check_settings(settings, folder)
+    return settings
+
+
+def check_settings(settings: Settings, folder: ModelFolder) -> None:
+    """Raise ValueError for what the model, the device or the precision cannot do."""
+    folder.geometry.check_size(settings.height, settings.width)
+    folder.geometry.check_frames(settings.num_frames)
+    limit = folder.configs["scheduler"]["num_train_timesteps"]
+    if not 1 <= settings.num_inference_steps <= limit:
+        raise ValueError(f"--steps {settings.num_inference_steps} is not possible: it must be between 1 and {limit}.")
+    check_device(settings.device)
+    if torch.device(settings.device).type == "cpu" and settings.dtype == "float16":
+        raise ValueError("--dtype float16 does not work on a CPU: choose bfloat16 or float32, or --device cuda.")
+    if torch.device(settings.device).type == "cuda" and settings.dtype == "bfloat16" and not torch.cuda.is_bf16_supported():
+        raise ValueError(f"--dtype bfloat16 does not work on {torch.cuda.get_device_name(settings.device)}: choose float32 or float16.")
+
+
+def check_device(device: str | None) -> str:
+    """The device as PyTorch names it; by default the first GPU, or the CPU. Raises ValueError for one that is not there."""
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    there = ["cpu", *(["mps"] if torch.backends.mps.is_available() else [])]
+    there += ["cuda", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))] if torch.cuda.is_available() else []
+    if device not in there:
+        raise ValueError(f"--device {device} is not available: this machine has {', '.join(there)}.")
+    return device
+
+
+def load_pipeline(settings: Settings) -> CogVideoXPipeline:
+    """The pipeline with its weights, precision, device and sampler as the settings say.
+
+    Raises:
+        OSError: for weights that are missing, corrupt, or not those of the model.
+    """
+    source = ModelFolder.open(DEMO).path if settings.model == DEMO else settings.model
+    pipe = CogVideoXPipeline.from_pretrained(source, dtype=getattr(torch, settings.dtype))
+    return with_sampler(pipe.to(settings.device), settings.sampler)
+
+
+def make_videos(pipe: CogVideoXPipeline, prompts: list[str], seeds: Sequence[int], settings: Settings, **options: Any) -> np.ndarray:
+    """One video for each prompt and seed, in one batch: uint8 (B, F, H, W, 3). `options` are further arguments of the pipeline."""
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    frames = pipe(prompts, generator=generators, output_type="np", **settings.call_arguments(), **options)[0]
+    return to_uint8(frames)
+
+
+def to_uint8(frames: np.ndarray) -> np.ndarray:
+    """Frames in [0, 1] of any shape as bytes, rounded."""
+    return np.rint(frames * 255).astype(np.uint8)
+
+
+def with_sampler(pipe: CogVideoXPipeline, sampler: str, **components: Any) -> CogVideoXPipeline:
+    """A pipeline over the same components with this sampler, and with `components` exchanged; `pipe` stays as it is."""
+    scheduler = _SAMPLERS[sampler].from_config(pipe.scheduler.config)
+    return CogVideoXPipeline(**{**pipe.components, "scheduler": scheduler, **components})
+
+
+def _native_dtype(recommended: str, device: str) -> str:
+    """The precision to run in: the recommended one, where the device can."""
+    return "bfloat16" if recommended == "float16" and torch.device(device).type == "cpu" else recommended
+
+
+def _check_task(folder: ModelFolder) -> None:
+    """Raise ValueError unless the folder holds a text-to-video pipeline."""
+    lacking = sorted({"transformer", "vae", "text_encoder", "tokenizer", "scheduler"} - set(folder.configs))
+    if lacking:
+        raise ValueError(f"{folder.path} lacks {', '.join(lacking)}: a whole pipeline folder is needed.")
+    config = folder.configs["transformer"]
+    if config["in_channels"] != config["out_channels"]:
+        task = folder.preset.pipeline if folder.preset else "another pipeline"
+        raise ValueError(f"{folder.path} is no text-to-video model ({config['in_channels']} input channels): it belongs to {task}.")
