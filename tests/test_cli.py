@@ -182,13 +182,14 @@ def test_train_reads_the_file_and_flags_override_it(handed, config):
 
 
 def test_train_runs_the_task(config, tmp_path, monkeypatch, capsys):
-    from diffusers_cogvideox.training import loop, vae
+    from diffusers_cogvideox.training import curves, loop, vae
 
+    monkeypatch.setattr(curves, "plot_curves", lambda folders, path: path)
     monkeypatch.setattr(vae, "VAETask", lambda config: ("task", config))
     monkeypatch.setattr(loop, "run", lambda config, task: Path(config.output) / ("final" if task == ("task", config) else "wrong"))
     assert cli.main(["train", str(config)]) == 0
     captured = capsys.readouterr()
-    assert captured.out == "the trained model is in run/final\n"
+    assert captured.out == "the trained model is in run/final\nthe curves are in run/curves.png\n"
     assert "training the vae in run" in captured.err
 
 

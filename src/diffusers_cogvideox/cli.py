@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -55,7 +56,29 @@ def _train(config: TrainConfig) -> str:
 
     sys.stderr.write(f"training the {config.task} in {config.output}: checkpoints, metrics.jsonl, config.json; Ctrl-C stops and saves\n")
     module = importlib.import_module(f".training.{config.task}", __package__)
-    return f"the trained model is in {run(config, getattr(module, _TASKS[config.task])(config))}"
+    final = run(config, getattr(module, _TASKS[config.task])(config))
+    return "\n".join([f"the trained model is in {final}", *_assembled(config, final), _curves(final.parent)])
+
+
+def _assembled(config: TrainConfig, final: Path) -> list[str]:
+    """A transformer becomes a pipeline together with the parts that it was trained on."""
+    if config.task != "transformer" or config.vae is None or config.text_encoder is None:
+        return []
+    from .pipelines.assemble import assemble
+
+    folder = assemble(
+        final.parent / "pipeline", transformer=final, vae=config.vae, text_encoder=config.text_encoder, scheduler=config.scheduler
+    )
+    return [f"the pipeline is in {folder}"]
+
+
+def _curves(folder: Path) -> str:
+    from .training.curves import plot_curves
+
+    try:
+        return f"the curves are in {plot_curves([folder], folder / 'curves.png')}"
+    except ImportError as error:
+        return str(error)
 
 
 @dataclass(frozen=True)

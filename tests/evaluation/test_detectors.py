@@ -113,7 +113,7 @@ BLUE = ShapeSpec("square", "blue", "grows")
         ((RED,), "a circle", {"shape": True, "all": True}),
         ((BLUE, RED), "a blue square grows and a red circle moves right", {"color": True, "shape": True, "motion": True, "all": True}),
         ((RED, BLUE), "a red square and a blue circle", {"color": True, "shape": False, "all": False}),
-        ((RED, BLUE), "a red circle moves right", {"color": True, "shape": True, "motion": True, "all": False}),
+        ((RED, BLUE), "a red circle moves right", {"color": False, "shape": False, "motion": False, "all": False}),
         ((RED,), "a blue square and a red circle", {"color": False, "shape": False, "all": False}),
         ((), "a red circle", {"color": False, "shape": False, "all": False}),
         ((RED,), "a wall on a black background", {"background": True, "all": True}),

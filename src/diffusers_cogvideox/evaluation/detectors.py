@@ -249,11 +249,12 @@ def _agreement(found: Sequence[ShapeSpec], wanted: Sequence[ShapeSpec]) -> dict[
 def score(detection: Detection, wanted: Scene) -> dict[str, bool]:
     """Whether a clip shows what was asked: "color", "shape", "motion", "background" as far as `wanted` says them, and "all".
 
-    Shapes are paired so that most attributes agree; an attribute is right when it is right for every wanted shape. "all" also needs the
-    number of shapes to be right. Returns an empty dict when nothing is asked.
+    Shapes are paired so that most attributes agree; an attribute is right when it is right for every wanted shape. A clip with another
+    number of shapes has none of them right: in a heap of coloured blobs, something always matches. Returns an empty dict when nothing
+    is asked.
     """
     count = len(wanted.shapes)
-    found = [*detection.shapes, *[ShapeSpec()] * max(0, count - len(detection.shapes))]
+    found = detection.shapes if len(detection.shapes) == count else [ShapeSpec()] * count
     pairings = (_agreement(order, wanted.shapes) for order in itertools.permutations(found, count))
     result = max(pairings, key=lambda agreement: sum(agreement.values()))
     if wanted.background is not None:

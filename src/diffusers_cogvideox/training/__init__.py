@@ -1,1 +1,1 @@
-"""training."""
+"""Training: objectives, tasks and the loop; `cogvideox train CONFIG.yaml`."""

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import send_to_device, set_seed
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
@@ -94,6 +95,7 @@ class _Training:
     """Everything that changes from step to step, and that a checkpoint therefore keeps."""
 
     def __init__(self, config: TrainConfig, task: Task, folder: Path) -> None:
+        AcceleratorState._reset_state()  # accelerate allows one precision per process; a process may train several models in turn
         self.accelerator = Accelerator(mixed_precision=config.mixed_precision)
         set_seed(config.seed)
         self.task, self.folder, self.options = task, folder, config.optimisation
@@ -183,21 +185,27 @@ class _Log:
         self.file = path.open("a", encoding="utf8")
         self.every = every
         self.sums: dict[str, list[float]] = {}
+        self.state: dict[str, float] = {}
         self.started = time.monotonic()
 
     def __enter__(self) -> _Log:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._write()
         self.file.close()
 
     def add(self, values: Mapping[str, float], step: int, learning_rate: float) -> None:
-        """Take in the figures of one step; write a line when it is due."""
+        """Take in the figures of one step; write a line when it is due, and at the end."""
         for name, value in values.items():
             self.sums.setdefault(name, []).append(value)
+        self.state = {"step": step, "lr": learning_rate, "seconds": round(time.monotonic() - self.started, 1)}
         if step % self.every == 0:
+            self._write()
+
+    def _write(self) -> None:
+        if self.sums:
             line = {name: round(sum(v) / len(v), 6) for name, v in self.sums.items()}
-            line |= {"step": step, "lr": learning_rate, "seconds": round(time.monotonic() - self.started, 1)}
-            self.file.write(json.dumps(line) + "\n")
+            self.file.write(json.dumps(line | self.state) + "\n")
             self.file.flush()
             self.sums.clear()
