@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -184,7 +186,7 @@ def test_train_reads_the_file_and_flags_override_it(handed, config):
 def test_train_runs_the_task(config, tmp_path, monkeypatch, capsys):
     from diffusers_cogvideox.training import curves, loop, vae
 
-    monkeypatch.setattr(curves, "plot_curves", lambda folders, path: path)
+    monkeypatch.setattr(curves, "plot_curves", lambda _, path: path)
     monkeypatch.setattr(vae, "VAETask", lambda config: ("task", config))
     monkeypatch.setattr(loop, "run", lambda config, task: Path(config.output) / ("final" if task == ("task", config) else "wrong"))
     assert cli.main(["train", str(config)]) == 0
@@ -247,6 +249,16 @@ def test_unknown_keys_of_the_file_are_errors(replacement, config, capsys):
 def test_an_impossible_stage_is_an_error(config, capsys):
     config.write_text(TRAIN.replace("steps: 2", "steps: 0"))
     assert "steps=0" in failure(capsys, "train", str(config))
+
+
+def test_termination_ends_a_run_as_ctrl_c_does(monkeypatch, capsys):
+    monkeypatch.setitem(cli.VERBS, "info", dataclasses.replace(cli.VERBS["info"], run=lambda _: os.kill(os.getpid(), signal.SIGTERM)))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert cli.main(["info"]) == 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "stopped" in capsys.readouterr().err
 
 
 def test_ctrl_c_gives_130(monkeypatch, capsys):

@@ -10,6 +10,7 @@ import importlib
 import importlib.metadata
 import inspect
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -216,6 +217,9 @@ def _top_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line, by default that of the process. Returns the exit status: 0, 2 after a mistake, 130 after Ctrl-C."""
     given = _top_parser().parse_args(arguments)
+    # Batch systems send SIGTERM, and in the background SIGINT is ignored: both shall stop a run as Ctrl-C does, with nothing half done.
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.default_int_handler)
     try:
         text = VERBS[given.verb].run(_parse(given.verb, given.arguments))
     except KeyboardInterrupt:
