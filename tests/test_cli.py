@@ -119,7 +119,8 @@ def test_version(capsys):
     assert capsys.readouterr().out == "cogvideox 0.1.0\n"
 
 
-def test_help_loads_no_library_of_models():
+def test_help_needs_no_library_of_models():
+    """The package's own __init__, which diffusers looks into, loads them; nothing on the way to the help does."""
     program = """
 import sys, types
 package = types.ModuleType("diffusers_cogvideox")

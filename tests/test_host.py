@@ -1,5 +1,6 @@
 """What importing adds to diffusers, what `register` puts in place, and that `unregister` takes all of it back."""
 
+import json
 import subprocess
 import sys
 import threading
@@ -19,7 +20,7 @@ from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 
 import diffusers_cogvideox as ours
 from diffusers_cogvideox import host
-from parity import TINY_TRANSFORMERS, StockDDIMScheduler, StockDPMScheduler, StockPipeline, StockTransformer
+from parity import TINY_TRANSFORMERS, StockDDIMScheduler, StockDPMScheduler, StockPipeline, StockVAE
 from tiny_pipeline import call, save_stock_folder
 
 
@@ -39,6 +40,7 @@ def touched() -> dict[str, object]:
     return {
         "attributes": {name: vars(diffusers).get(name, "lazy") for name in names},
         "all": set(vars(diffusers)),
+        "method": vars(DiffusionPipeline).get("register_to_config", "inherited"),
         "libraries": {name: dict(classes) for name, classes in LOADABLE_CLASSES.items()},
         "blocks": dict(TransformerBlockRegistry._registry),
         "processors": dict(AttentionProcessorRegistry._registry),
@@ -114,11 +116,6 @@ def test_base_classes_are_visible_where_diffusers_looks(name: str):
     assert getattr(ours, name) is getattr(diffusers, name)
 
 
-def test_public_names():
-    assert len(ours.__all__) <= 25
-    assert all(hasattr(ours, name) for name in ours.__all__)
-
-
 # --- register ---------------------------------------------------------------------------------------------------------
 
 
@@ -132,6 +129,31 @@ def test_diffusion_pipeline_loads_ours_while_registered(folder: Path, expected: 
     torch.testing.assert_close(call(pipe, num_inference_steps=4), expected, atol=1e-3, rtol=0)
     assert touched() == before
     assert type(DiffusionPipeline.from_pretrained(folder)) is StockPipeline
+
+
+def everything() -> dict[tuple[str, str], object]:
+    """Every attribute of every module of diffusers that is loaded, and of every class in it, by (module or class, name)."""
+
+    def theirs(name: str) -> bool:
+        return name.partition(".")[0] == "diffusers"
+
+    modules = {name: module for name, module in list(sys.modules.items()) if theirs(name)}
+    members = {member for module in modules.values() for member in vars(module).values() if isinstance(member, type)}
+    classes = {f"{cls.__module__}.{cls.__qualname__}": cls for cls in members if theirs(cls.__module__)}
+    return {(owner, name): value for owner, there in {**modules, **classes}.items() for name, value in list(vars(there).items())}
+
+
+def test_register_touches_only_what_the_list_names_and_unregister_all_of_it():
+    before = everything()
+    ours.register()
+    during = everything()
+    ours.unregister()
+    after = everything()
+    base = f"{DiffusionPipeline.__module__}.{DiffusionPipeline.__qualname__}"
+    named = {("diffusers", name) for name in host.REPLACED} | {(base, "register_to_config")}
+    assert {key for key in before.keys() | during.keys() if before.get(key) is not during.get(key)} <= named
+    assert {key for key in named if key in during and during[key] is not before.get(key)} == named
+    assert not {key for key in before.keys() | after.keys() if before.get(key) is not after.get(key)}
 
 
 def test_unregister_restores_lazy_names_and_foreign_ones(monkeypatch: pytest.MonkeyPatch):
@@ -211,8 +233,12 @@ def test_consisid_makes_the_same_video_while_registered(folder: Path, tmp_path: 
     expected = call(pipe, **call_options)
     with ours.registered():
         loaded = pipeline_consisid.ConsisIDPipeline.from_pretrained(tmp_path)
+        assert type(loaded.vae) is ours.AutoencoderKLCogVideoX
         assert type(loaded.scheduler) is StockDPMScheduler
         torch.testing.assert_close(call(loaded, **call_options), expected, atol=1e-3, rtol=0)
+    loaded.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "model_index.json").read_text())["vae"] == ["diffusers", "AutoencoderKLCogVideoX"]
+    assert type(pipeline_consisid.ConsisIDPipeline.from_pretrained(tmp_path / "again").vae) is StockVAE
 
 
 # --- community pipeline -----------------------------------------------------------------------------------------------
@@ -276,4 +302,3 @@ def test_private_names_of_diffusers_are_where_host_expects_them():
     assert LOADABLE_CLASSES[ours.__name__] == {}
     assert TransformerBlockRegistry.get(host.CogVideoXBlock)._cls is host.CogVideoXBlock
     assert AttentionProcessorRegistry.get(host.CogVideoXAttnProcessor).skip_processor_output_fn is host._skip_attention
-    assert StockTransformer is not ours.CogVideoXTransformer3DModel

@@ -1,6 +1,6 @@
 """The command `cogvideox <verb>`: reads options, runs the verb, prints what it returns; mistakes become one line and exit status 2.
 
-Verbs are imported when they run, so that help is quick.
+This module needs no library of models itself; what a verb needs is imported when it runs.
 """
 
 from __future__ import annotations

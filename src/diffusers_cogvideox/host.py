@@ -3,13 +3,14 @@
 Importing adds and never replaces: the package's name as a library of loadable classes, hook metadata of our own block and
 attention processor, and `diffusers.CogVideoXScheduler` while diffusers has no class of that name. `register` goes further:
 it puts our models and pipelines in the place of diffusers' under their common names, so that code which knows nothing of
-this package loads them. Schedulers stay diffusers' own there, because pipelines of other models test `isinstance` on them.
+this package loads them, and lets pipelines that diffusers has built around them be saved under diffusers' names. Schedulers
+stay diffusers' own there, because pipelines of other models test `isinstance` on them.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,11 +22,13 @@ from diffusers.hooks._helpers import (
     TransformerBlockRegistry,
 )
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from .models.attention import CogVideoXAttnProcessor
 from .models.autoencoder import AutoencoderKLCogVideoX
 from .models.transformer import CogVideoXBlock, CogVideoXTransformer3DModel
 from .pipelines.pipeline import CogVideoXPipeline
+from .pipelines.portability import portable
 from .schedulers.scheduler import CogVideoXScheduler
 
 __all__ = ["REPLACED", "extend", "register", "registered", "unregister"]
@@ -33,9 +36,20 @@ __all__ = ["REPLACED", "extend", "register", "registered", "unregister"]
 REPLACED: dict[str, type] = {cls.__name__: cls for cls in (AutoencoderKLCogVideoX, CogVideoXTransformer3DModel, CogVideoXPipeline)}
 """What `register` puts on the diffusers module, by name."""
 
+
+def _record_portably(pipeline: DiffusionPipeline, /, **entries: Any) -> None:
+    """`register_to_config` of every pipeline while registered: other models' pipelines that hold our VAE name diffusers' too."""
+    super(DiffusionPipeline, pipeline).register_to_config(**portable(entries))
+
+
+# (owner, attribute, what `register` puts there)
+_PLACES: list[tuple[Any, str, type | Callable[..., None]]] = [
+    *((diffusers, name, cls) for name, cls in REPLACED.items()),
+    (DiffusionPipeline, "register_to_config", _record_portably),
+]
 _lock = threading.RLock()
 _count = 0
-_before: dict[str, Any] = {}  # attributes of the diffusers module that stood there before; absent ones were loaded lazily
+_before: dict[tuple[Any, str], Any] = {}  # what stood at these places; what was absent is loaded lazily, or inherited
 
 
 def extend() -> None:
@@ -58,14 +72,16 @@ def register() -> None:
     """Make diffusers load our models and pipelines wherever a repository names CogVideoX's.
 
     From then on `diffusers.DiffusionPipeline.from_pretrained` of a CogVideoX repository gives this package's pipeline and
-    models. Names that were imported from diffusers before keep their meaning. Calls are counted; `unregister` undoes one.
+    models. Names that were imported from diffusers before keep their meaning. What is saved, diffusers alone loads. Calls are
+    counted; `unregister` undoes one.
     """
     global _count
     with _lock:
         if _count == 0:
-            _before.update({name: vars(diffusers)[name] for name in REPLACED if name in vars(diffusers)})
-            for name, cls in REPLACED.items():
-                setattr(diffusers, name, cls)
+            for owner, name, ours in _PLACES:
+                if name in vars(owner):
+                    _before[owner, name] = vars(owner)[name]
+                setattr(owner, name, ours)
         _count += 1
 
 
@@ -82,13 +98,13 @@ def unregister() -> None:
         _count -= 1
         if _count:
             return
-        for name, cls in REPLACED.items():
-            if vars(diffusers).get(name) is not cls:
-                continue  # somebody else has put a class there since, which is not ours to remove
-            if name in _before:
-                setattr(diffusers, name, _before[name])
+        for owner, name, ours in _PLACES:
+            if vars(owner).get(name) is not ours:
+                continue  # somebody else has put something there since, which is not ours to remove
+            if (owner, name) in _before:
+                setattr(owner, name, _before[owner, name])
             else:
-                delattr(diffusers, name)
+                delattr(owner, name)
         _before.clear()
 
 

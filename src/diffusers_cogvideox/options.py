@@ -9,7 +9,7 @@ import re
 from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
-__all__ = ["DEMO", "EvaluateOptions", "GenerateOptions", "InfoOptions", "SamplingOptions", "parse_size"]
+__all__ = ["DEMO", "EvaluateOptions", "GenerateOptions", "InfoOptions", "Precision", "Sampler", "SamplingOptions", "parse_size"]
 
 DEMO = "demo"
 """The name under which every verb knows the shipped model."""
@@ -127,7 +127,7 @@ class EvaluateOptions(SamplingOptions):
     prompts: int = 300
     """Number of prompts."""
     untrained_prompts: int = 64
-    """Number of prompts for the untrained transformer."""
+    """Number of prompts for the untrained transformer, one of the baselines."""
     batch_size: int = 8
     """Videos made at once."""
     baselines: bool = True

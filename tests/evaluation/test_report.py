@@ -37,7 +37,7 @@ def pipeline(folder) -> CogVideoXPipeline:
 
 
 def options(folder: Path, **changes) -> EvaluateOptions:
-    return EvaluateOptions("shapes", str(folder), **{"prompts": 5, "untrained_prompts": 2, "batch_size": 2, "device": "cpu"} | changes)
+    return EvaluateOptions("shapes", str(folder), **{"prompts": 3, "untrained_prompts": 2, "batch_size": 2, "device": "cpu"} | changes)
 
 
 # --- metrics and rates --------------------------------------------------------------------------------------------------
@@ -157,19 +157,19 @@ def test_a_random_model_and_its_baselines(pipeline, folder):
     found = evaluate_shapes(pipeline, options(folder, sampler="dpm"))
     assert pipeline.scheduler is scheduler
     assert list(found.rows) == ["generated", "ground truth", "reconstruction", "untrained", "other prompts"]
-    assert found.rows["ground truth"].rates["all"] == (5, 5)
-    assert found.rows["generated"].rates["all"] == (0, 5)
+    assert found.rows["ground truth"].rates["all"] == (3, 3)
+    assert found.rows["generated"].rates["all"] == (0, 3)
     assert found.rows["untrained"].rates["all"].asked == 2
     quality = found.rows["reconstruction"].psnr
     assert quality is not None
     assert 0 < quality < 20
-    assert [sample.seed for sample in found.samples] == [0, 1, 2, 3, 4]
+    assert [sample.seed for sample in found.samples] == [0, 1, 2]
     assert (found.settings["sampler"], found.settings["num_inference_steps"], found.settings["dtype"]) == ("dpm", 1, "float32")
 
 
 def test_batches_do_not_change_the_videos(pipeline, folder):
-    one, three = (evaluate_shapes(pipeline, options(folder, batch_size=size, baselines=False)) for size in (1, 3))
-    for left, right in zip(one.samples, three.samples, strict=True):
+    one, two = (evaluate_shapes(pipeline, options(folder, batch_size=size, baselines=False)) for size in (1, 2))
+    for left, right in zip(one.samples, two.samples, strict=True):
         assert np.abs(left.video.astype(int) - right.video).max() <= 1  # rounding of sums in another order
 
 

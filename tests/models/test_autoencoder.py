@@ -290,6 +290,12 @@ def test_tensors_that_do_not_fit_are_refused(vae, verb, shape, message):
         getattr(vae, verb)(torch.zeros(shape))
 
 
+@pytest.mark.parametrize("option", [{"shift_factor": 0.1}, {"latents_mean": (0.0,) * 4}, {"latents_std": (1.0,) * 4}])
+def test_options_without_effect_are_refused(option):
+    with pytest.raises(ValueError, match=f"{next(iter(option))}=.* would have no effect"):
+        AutoencoderKLCogVideoX(**TINY_VAE | option)
+
+
 @pytest.mark.parametrize(
     "config",
     [

@@ -130,13 +130,6 @@ def test_every_tile_size_gives_the_right_output_size(vae, height, width, overlap
         assert vae.encode(torch.randn(1, 3, 1, 56, 72)).latent_dist.mean.shape == (1, 4, 1, 7, 9)
 
 
-def test_stock_gets_the_size_wrong():
-    """Why the walk counts in cells: with tiles of 40 pixels stock returns 61 rows for 56."""
-    stock = StockVAE(**TINY_VAE)
-    stock.enable_tiling(40, 40)
-    assert stock.decode(torch.randn(1, 4, 1, 7, 9)).sample.shape[-2:] != (56, 72)
-
-
 def test_an_overlap_of_zero_is_honoured(vae):
     """Without overlap every tile is decoded alone and stands unblended; stock takes 0.0 for "not given"."""
     vae.enable_tiling(32, 32, 0.0, 0.0)
@@ -163,8 +156,16 @@ def test_a_second_call_keeps_what_it_does_not_name(vae):
     vae.enable_tiling(24, 40, 0.0, 0.25)
     vae.disable_tiling()
     vae.enable_tiling(tile_sample_min_height=32)
+    assert (vae.tile_latent_min_height, vae.tile_latent_min_width) == (4, 5)
     assert (vae.tile_sample_min_height, vae.tile_sample_min_width) == (32, 40)
     assert (vae.tile_overlap_factor_height, vae.tile_overlap_factor_width) == (0.0, 0.25)
+
+
+@pytest.mark.parametrize("name", ["tile_latent_min_height", "tile_latent_min_width"])
+def test_sizes_that_follow_from_others_cannot_be_set(vae, name):
+    """Stock keeps pixels and cells apart; setting one of the two here would have no effect."""
+    with pytest.raises(AttributeError):
+        setattr(vae, name, 4)
 
 
 @pytest.mark.parametrize(

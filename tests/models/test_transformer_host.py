@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig, LayerSkipConfig, PyramidAttentionBroadcastConfig
+from diffusers import FirstBlockCacheConfig, LayerSkipConfig, PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig, TextKVCacheConfig
 from diffusers.hooks import apply_layer_skip
 from diffusers.hooks._helpers import (
     AttentionProcessorMetadata,
@@ -73,6 +73,30 @@ def test_pyramid_attention_broadcast_reuses_attention():
     for _ in range(4):
         forward(ours, kwargs)
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("options", [{"cache_identifiers": [r"transformer_blocks\.\d+\.attn1"]}, {"use_lite_mode": True}])
+def test_taylorseer_predicts_attention(options):
+    ours, _ = tiny_twins("5b")
+    kwargs = inputs(ours)
+    calls = count_calls(ours.transformer_blocks[0].attn1.to_q)
+    ours.enable_cache(TaylorSeerCacheConfig(cache_interval=3, disable_cache_before_step=2, **options))
+    with ours.cache_context("cond_uncond"):
+        for _ in range(6):
+            forward(ours, kwargs)
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("config", [TaylorSeerCacheConfig(), TextKVCacheConfig()])
+def test_caches_that_reach_nothing_are_refused(config):
+    ours, _ = tiny_twins("5b")
+    kwargs = inputs(ours)
+    before = forward(ours, kwargs)
+    with pytest.raises(ValueError, match=f"{type(config).__name__} as given reaches no layer .* needs cache_identifiers"):
+        ours.enable_cache(config)
+    assert not ours.is_cache_enabled
+    torch.testing.assert_close(forward(ours, kwargs), before, rtol=0, atol=0)
+    ours.enable_cache(FirstBlockCacheConfig(threshold=0.5))
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,11 @@ def test_videos_per_prompt_follow_their_prompt(pipe):
         torch.testing.assert_close(together[position], call(pipe, prompt=prompt, generator=seeds(seed))[0], atol=1e-4, rtol=0)
 
 
+def test_generators_may_come_in_a_tuple(pipe):
+    prompts = ["a red circle", "a green square"]
+    torch.testing.assert_close(call(pipe, prompt=prompts, generator=tuple(seeds(1, 2))), call(pipe, prompt=prompts, generator=seeds(1, 2)))
+
+
 def test_passed_embeddings_are_repeated_too(pipe):
     embeds, negative = pipe.encode_prompt("a red circle moves right", max_sequence_length=7)
     two = call(pipe, prompt=None, prompt_embeds=embeds, negative_prompt_embeds=negative, num_videos_per_prompt=2, generator=seeds(3, 4))
@@ -133,8 +138,9 @@ def test_a_long_prompt_is_cut_and_says_so(pipe, warnings_of):
     assert not warnings_of(call, pipe, prompt="a red circle")
 
 
-def test_guidance_without_effect_is_reported(pipe, warnings_of):
-    assert "turns guidance off" in warnings_of(call, pipe, guidance_scale=1.0, negative_prompt="blue")
+@pytest.mark.parametrize("option", [{"negative_prompt": "blue"}, {"use_dynamic_cfg": True}, {"zero_unconditional": True}])
+def test_guidance_without_effect_is_reported(pipe, warnings_of, option):
+    assert "turns guidance off" in warnings_of(call, pipe, guidance_scale=1.0, **option)
 
 
 def test_not_a_number_is_reported_with_the_remedy(pipe, warnings_of):

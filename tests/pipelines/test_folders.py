@@ -119,13 +119,14 @@ def name_shards(file: Path) -> None:
             r"transformer holds a config.json but no weight file",
         ),
         (Path.unlink, "text_encoder/model.safetensors", FileNotFoundError, "text_encoder holds a config.json but no weight file"),
-        (cut, f"vae/{WEIGHTS}", OSError, rf"vae/{WEIGHTS} is corrupt or was not copied completely.*Download it again"),
+        (cut, f"vae/{WEIGHTS}", OSError, rf"vae/{WEIGHTS} is corrupt or was not copied completely.*Copy or download it again"),
         (cut, "text_encoder/model.safetensors", OSError, "model.safetensors is corrupt"),
         (drop_tensor, f"transformer/{WEIGHTS}", OSError, "lack 1 of the model's tensors, among them 'proj_out.weight'"),
         (name_shards, f"transformer/{WEIGHTS}", FileNotFoundError, "lacks model-00001-of-00002.safetensors, model-00002"),
         (shutil.rmtree, "tokenizer", FileNotFoundError, "tokenizer is missing, although model_index.json names it"),
         (lambda file: file.write_text("{"), "vae/config.json", OSError, "vae/config.json is not valid JSON"),
         (lambda file: file.write_text("{"), INDEX, OSError, "model_index.json is not valid JSON"),
+        (lambda file: file.write_text("[]"), INDEX, OSError, "model_index.json holds a list, not a JSON object"),
     ],
 )
 def test_broken_folders(folders, tmp_path: Path, damage, where: str, error: type[Exception], message: str):

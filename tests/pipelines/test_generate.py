@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -112,12 +113,19 @@ def test_an_existing_video_is_replaced_only_on_demand(folder, tmp_path):
     assert probe_video(target).num_frames == 9
 
 
-@pytest.mark.parametrize("moment", ["make_videos", "write_image"])
-def test_an_interrupted_run_leaves_nothing(moment, folder, tmp_path, monkeypatch, capsys):
-    def stop(*_, **__):
-        raise KeyboardInterrupt
+@pytest.mark.parametrize(
+    ("moment", "name"), [("make_videos", "SIGINT"), ("write_video", "SIGTERM"), ("contact_sheet", "SIGTERM"), ("write_image", "SIGINT")]
+)
+def test_an_interrupted_run_leaves_nothing(moment, name, folder, tmp_path, monkeypatch):
+    """Ctrl-C sends SIGINT, batch systems SIGTERM; here it arrives when that function has done its work."""
+    whole = getattr(generating, moment)
 
-    monkeypatch.setattr(generating, moment, stop)
+    def interrupted(*args, **kwargs):
+        result = whole(*args, **kwargs)
+        signal.raise_signal(getattr(signal, name))
+        return result
+
+    monkeypatch.setattr(generating, moment, interrupted)
     arguments = ["generate", PROMPT, "--model", str(folder), "--steps", "1", "--output", str(tmp_path / "out"), "--device", "cpu"]
     assert cli.main(arguments) == 130
     assert names(tmp_path / "out") == []
@@ -149,9 +157,17 @@ def test_a_folder_that_says_nothing(folder, tmp_path):
     assert (settings.sampler, settings.dtype) == ("ddim", "float32")
 
 
-def test_unknown_recommendations_are_errors(own_folder, tmp_path):
-    (own_folder / "cogvideox.json").write_text('{"steps": 7}')
-    with pytest.raises(ValueError, match=r"unknown keys \['steps'\]: known are"):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"steps": 7}', r"unknown keys \['steps'\]: known are"),
+        ('{"sampler": "euler"}', "--sampler euler is unknown: it must be one of ddim, dpm"),
+        ('{"dtype": "half"}', "--dtype half is unknown: it must be one of float32, bfloat16, float16"),
+    ],
+)
+def test_unknown_recommendations_are_errors(content, message, own_folder, tmp_path):
+    (own_folder / "cogvideox.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
         plan(options(own_folder, tmp_path))
 
 
@@ -198,8 +214,8 @@ def test_a_repository_is_known_by_its_commit(folder, monkeypatch, tmp_path):
         ({"dtype": "float16"}, "--dtype float16 does not work on a CPU"),
         ({"device": "tpu"}, "--device tpu is not available: this machine has cpu"),
         ({"device": "cuda:99"}, "--device cuda:99 is not available"),
-        ({"output": "/proc/nothing"}, "cannot write into /proc/nothing: .* Choose another --output"),
-        ({"output": "{tmp}/occupied"}, "cannot write into .*occupied"),
+        ({"output": "/proc/nothing"}, "cannot write /proc/nothing/a-red-circle.*mp4: .* Choose a file in a folder that you may write to"),
+        ({"output": "{tmp}/occupied"}, "occupied is a file, not a folder"),
         ({"output": "{tmp}/a.mp4", "num_videos": 2}, "names one file for 2 videos: name a folder"),
     ],
 )
@@ -252,6 +268,15 @@ def test_models_of_other_tasks_are_refused(own_folder, tmp_path):
         generate(options(own_folder, tmp_path))
     with pytest.raises(ValueError, match="lacks scheduler, text_encoder, tokenizer, transformer: a whole pipeline folder is needed"):
         generate(options(own_folder / "vae", tmp_path))
+
+
+@pytest.mark.usefixtures("no_loading")
+def test_a_pipeline_without_a_text_encoder(own_folder, tmp_path):
+    index = own_folder / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"text_encoder": [None, None]}))
+    assert set(describe(str(own_folder))["components"]) == {"transformer", "vae"}
+    with pytest.raises(ValueError, match="lacks text_encoder: a whole pipeline folder is needed"):
+        generate(options(own_folder, tmp_path))
 
 
 @pytest.fixture
@@ -353,7 +378,7 @@ def test_facts_about_a_repository(folder, monkeypatch, tmp_path):
     class Metadata:
         def __init__(self, repository: str, file: str, revision: str) -> None:
             assert (repository, revision) == ("owner/name", "0123abcd")
-            self.tensors = {part.name: part for part in module._read_header(folder / file)}
+            self.tensors = {part.name: part for part in module.read_header(folder / file)}
 
     monkeypatch.setattr(model_folder, "snapshot_download", lambda *_, **__: str(snapshot))
     monkeypatch.setattr(module.HfApi, "list_repo_files", lambda *_, **__: files)

@@ -14,8 +14,9 @@ from tqdm.auto import tqdm
 
 from ..data.captions import canonical, caption, parse
 from ..data.moving_shapes import Scene, all_scenes, render, split
+from ..files import check_writable
 from ..options import EvaluateOptions
-from ..pipelines.generate import check_writable, library_versions
+from ..pipelines.generate import library_versions
 from ..pipelines.pipeline import CogVideoXPipeline
 from ..pipelines.settings import Settings, choose_settings, load_pipeline, make_videos, to_uint8, with_sampler
 from .detectors import detect, score
@@ -62,11 +63,12 @@ def evaluate(options: EvaluateOptions) -> str:
         ValueError, OSError: for a model or settings that are not possible, and for a report that exists already.
     """
     folder = Path(options.output)
-    existing = [path for path in (folder / "shapes.json", folder / "shapes.png") if path.exists()]
+    files = folder / "shapes.json", folder / "shapes.png"
+    existing = [path for path in files if path.exists()]
     if existing and not options.overwrite:
         raise FileExistsError(f"{existing[0]} exists already: choose another --output, or replace it with --overwrite.")
     settings = choose_settings(options, options.model)
-    check_writable(folder)
+    check_writable(files[0])
     report = evaluate_shapes(load_pipeline(settings), options)
     return "\n".join([report.table(), *map(str, report.save(folder))])
 

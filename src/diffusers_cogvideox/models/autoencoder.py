@@ -26,13 +26,14 @@ class AutoencoderKLCogVideoX(ModelMixin, AutoencoderMixin, ConfigMixin):  # type
     """Video (B, 3, F, H, W) in [-1, 1] <-> latents (B, C_z, f, h, w), f = (F - 1) / 4 + 1, h = H / 8, w = W / 8.
 
     Frames are processed in chunks (8 frames when encoding, 2 latent frames when decoding, the remainder in the first chunk),
-    with the causal convolutions' last frames carried over. GroupNorm statistics are taken per chunk, so the chunk sizes are
-    part of the function. `latents * scaling_factor` is what the transformer sees. Config keys and state-dict keys are those
-    of the released checkpoints (`vae/config.json`).
+    with the causal convolutions' last frames carried over (CogVideoX paper, arXiv:2408.06072, section 2.1). GroupNorm
+    statistics are taken per chunk, so the chunk sizes are part of the function; `num_sample_frames_batch_size` and
+    `num_latent_frames_batch_size` may be set to others, with other results. `latents * scaling_factor` is what the transformer
+    sees. Config keys and state-dict keys are those of the released checkpoints (`vae/config.json`).
 
     Raises:
-        ValueError: at construction for block types other than CogVideoX's, and in encode/decode for tensors whose channels
-            or size do not fit.
+        ValueError: at construction for block types other than CogVideoX's and for options without effect; in encode/decode
+            for tensors whose channels or size do not fit, and for chunk sizes that tear apart what belongs together in time.
     """
 
     _supports_gradient_checkpointing = True
@@ -55,10 +56,10 @@ class AutoencoderKLCogVideoX(ModelMixin, AutoencoderMixin, ConfigMixin):  # type
         sample_height: int = 480,
         sample_width: int = 720,
         scaling_factor: float = 1.15258426,  # noqa: ARG002 - read by the pipelines
-        shift_factor: float | None = None,  # noqa: ARG002 - the released configs carry these four unused keys
-        latents_mean: tuple[float, ...] | None = None,  # noqa: ARG002
-        latents_std: tuple[float, ...] | None = None,  # noqa: ARG002
-        force_upcast: bool = True,  # noqa: ARG002
+        shift_factor: float | None = None,
+        latents_mean: tuple[float, ...] | None = None,
+        latents_std: tuple[float, ...] | None = None,
+        force_upcast: bool = True,  # noqa: ARG002 - in the released configs; nothing reads it
         use_quant_conv: bool = False,
         use_post_quant_conv: bool = False,
         invert_scale_latents: bool = False,  # noqa: ARG002 - read by the image-to-video condition
@@ -66,6 +67,7 @@ class AutoencoderKLCogVideoX(ModelMixin, AutoencoderMixin, ConfigMixin):  # type
         super().__init__()
         _check_block_types("down_block_types", down_block_types, "CogVideoXDownBlock3D", block_out_channels)
         _check_block_types("up_block_types", up_block_types, "CogVideoXUpBlock3D", block_out_channels)
+        _check_unset(shift_factor=shift_factor, latents_mean=latents_mean, latents_std=latents_std)
         time_levels = int(math.log2(temporal_compression_ratio))
         block = {"groups": norm_num_groups, "eps": norm_eps, "act_fn": act_fn}
         self.encoder = Encoder(in_channels, latent_channels, block_out_channels, layers_per_block, time_levels, **block)
@@ -74,6 +76,8 @@ class AutoencoderKLCogVideoX(ModelMixin, AutoencoderMixin, ConfigMixin):  # type
         self.post_quant_conv = nn.Conv3d(latent_channels, latent_channels, 1) if use_post_quant_conv else None
 
         self.spatial_ratio = 2 ** (len(block_out_channels) - 1)
+        self.num_sample_frames_batch_size = ENCODE_CHUNK
+        self.num_latent_frames_batch_size = DECODE_CHUNK
         self.use_slicing = False
         self.use_tiling = False
         self.tile_sample_min_height = sample_height // 2
@@ -118,11 +122,24 @@ class AutoencoderKLCogVideoX(ModelMixin, AutoencoderMixin, ConfigMixin):  # type
                 setattr(self, name, value)
         self.use_tiling = True
 
+    @property
+    def tile_latent_min_height(self) -> int:
+        """Rows of latent cells of a tile; set `tile_sample_min_height`."""
+        return max(1, self.tile_sample_min_height // self.spatial_ratio)
+
+    @property
+    def tile_latent_min_width(self) -> int:
+        """Columns of latent cells of a tile; set `tile_sample_min_width`."""
+        return max(1, self.tile_sample_min_width // self.spatial_ratio)
+
     @apply_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """Video (B, 3, F, H, W) in [-1, 1] -> the latents' diagonal Gaussian, mean and log-variance (B, C_z, f, h, w) each."""
         _check_video("encode", x, self.config["in_channels"], self.spatial_ratio)
-        posterior = DiagonalGaussianDistribution(self._run(self._encode_chunk, x, ENCODE_CHUNK, in_scale=self.spatial_ratio))
+        chunk = _check_chunk(
+            "num_sample_frames_batch_size", self.num_sample_frames_batch_size, int(self.config["temporal_compression_ratio"])
+        )
+        posterior = DiagonalGaussianDistribution(self._run(self._encode_chunk, x, chunk, in_scale=self.spatial_ratio))
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     @apply_forward_hook
@@ -132,7 +149,8 @@ class AutoencoderKLCogVideoX(ModelMixin, AutoencoderMixin, ConfigMixin):  # type
         An odd f gives 4(f-1)+1 frames; an even f has no single first frame and gives 4f.
         """
         _check_video("decode", z, self.config["latent_channels"], 1)
-        video = self._run(self._decode_chunk, z, DECODE_CHUNK, out_scale=self.spatial_ratio)
+        chunk = _check_chunk("num_latent_frames_batch_size", self.num_latent_frames_batch_size, 2)
+        video = self._run(self._decode_chunk, z, chunk, out_scale=self.spatial_ratio)
         return DecoderOutput(sample=video) if return_dict else (video,)
 
     def forward(
@@ -173,13 +191,12 @@ class AutoencoderKLCogVideoX(ModelMixin, AutoencoderMixin, ConfigMixin):  # type
     def _tile_axes(self, latent_height: int, latent_width: int) -> tuple[TileAxis, TileAxis]:
         """Tiles of the current settings over latents of this size; the overlap leaves each tile at least one cell of its own."""
 
-        def axis(length: int, pixels: int, factor: float) -> TileAxis:
-            size = max(1, pixels // self.spatial_ratio)
+        def axis(length: int, size: int, factor: float) -> TileAxis:
             return TileAxis(length, size, min(round(size * factor), size - 1))
 
         return (
-            axis(latent_height, self.tile_sample_min_height, self.tile_overlap_factor_height),
-            axis(latent_width, self.tile_sample_min_width, self.tile_overlap_factor_width),
+            axis(latent_height, self.tile_latent_min_height, self.tile_overlap_factor_height),
+            axis(latent_width, self.tile_latent_min_width, self.tile_overlap_factor_width),
         )
 
 
@@ -188,6 +205,20 @@ def _check_block_types(name: str, types: tuple[str, ...], expected: str, widths:
         raise ValueError(
             f"{name}={tuple(types)} is not a CogVideoX VAE: it must name {expected!r} once for each of block_out_channels={tuple(widths)}"
         )
+
+
+def _check_unset(**options: object) -> None:
+    """Raise ValueError for an option of the released config files that has no effect anywhere."""
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(f"{name}={value} would have no effect: CogVideoX scales latents by scaling_factor alone. Leave it None.")
+
+
+def _check_chunk(name: str, size: int, multiple: int) -> int:
+    """`size`, or a ValueError when frames that are resampled in time together would come into different chunks."""
+    if size < multiple or size % multiple:
+        raise ValueError(f"{name}={size} tears groups of frames apart: it must be a positive multiple of {multiple}")
+    return size
 
 
 def _check_video(verb: str, x: Tensor, channels: int, multiple: int) -> None:

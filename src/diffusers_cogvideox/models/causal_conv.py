@@ -29,7 +29,7 @@ class ConvCache:
 
 
 class CausalConv3d(nn.Module):
-    """Stride-1 convolution over (B, C, F, H, W): zeros around the picture, earlier frames in front (spec: 3D causal VAE).
+    """Stride-1 convolution over (B, C, F, H, W): zeros around the picture, earlier frames in front (CogVideoX paper, section 2.1).
 
     The first chunk is preceded by copies of its own first frame, a later chunk by the frames kept from the chunk before.
     """

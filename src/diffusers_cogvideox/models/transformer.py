@@ -124,6 +124,25 @@ class CogVideoXTransformer3DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftA
     add_adapter = with_separate_projections(PeftAdapterMixin.add_adapter)
     load_lora_adapter = with_separate_projections(PeftAdapterMixin.load_lora_adapter)
 
+    def enable_cache(self, config: Any) -> None:
+        """Turn on one of diffusers' feature caches, as `CacheMixin.enable_cache`.
+
+        Raises:
+            ValueError: a cache is on already, or this config reaches no layer of this model.
+        """
+        before = self._count_layer_hooks()
+        super().enable_cache(config)
+        if self._count_layer_hooks() == before:
+            self.disable_cache()
+            raise ValueError(
+                f"{type(config).__name__} as given reaches no layer of this model, so nothing would be cached. TaylorSeerCacheConfig needs "
+                r"cache_identifiers=[r'transformer_blocks\.\d+\.attn1'] or use_lite_mode=True."
+            )
+
+    def _count_layer_hooks(self) -> int:
+        registries = (getattr(layer, "_diffusers_hook", None) for layer in self.modules() if layer is not self)
+        return sum(len(registry.hooks) for registry in registries if registry is not None)
+
     @property
     def geometry(self) -> Geometry:
         """Size rules of this model."""

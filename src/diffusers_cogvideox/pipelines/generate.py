@@ -5,17 +5,17 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import re
-import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..files import atomic_path
+from ..files import atomic_path, check_writable
 from ..options import GenerateOptions, parse_size
 from ..video_io import CONTAINERS, contact_sheet, write_image, write_video
-from .model_folder import ModelFolder, read_json
+from .folder import read_json
+from .model_folder import ModelFolder
 from .pipeline import CogVideoXPipeline
 from .settings import Settings, check_device, check_settings, choose_settings, load_pipeline, make_videos
 
@@ -138,18 +138,8 @@ def _output_paths(options: GenerateOptions, names: list[str]) -> list[Path]:
     existing = [path for output in outputs for path in _companions(output) if path.exists()]
     if existing and not options.overwrite:
         raise FileExistsError(f"{existing[0]} exists already: choose another --output, or replace it with --overwrite.")
-    check_writable(outputs[0].parent)
+    check_writable(outputs[0])
     return outputs
-
-
-def check_writable(folder: Path) -> None:
-    """Create the folder and try it. Raises OSError when no file can be written there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OSError(f"cannot write into {folder}: {error.strerror}. Choose another --output.") from error
 
 
 # --- making it ----------------------------------------------------------------------------------------------------------

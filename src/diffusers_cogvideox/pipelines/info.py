@@ -6,13 +6,12 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from math import prod
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from huggingface_hub import HfApi, parse_safetensors_file_metadata
-from safetensors import SafetensorError, safe_open
 
 from ..options import InfoOptions
+from .folder import StoredTensor, read_header
 from .model_folder import ModelFolder, is_main_variant, weight_files
 
 __all__ = ["describe", "info"]
@@ -20,14 +19,6 @@ __all__ = ["describe", "info"]
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64", "F8_E4M3": "float8_e4m3fn"}
 _LISTED = 4  # legal frame counts that are named, around the native one
 _SCHEDULER = ("prediction_type", "timestep_spacing", "rescale_betas_zero_snr", "snr_shift_scale", "num_train_timesteps")
-
-
-class Stored(NamedTuple):
-    """One tensor in a weight file."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
 
 
 def info(options: InfoOptions) -> str:
@@ -70,7 +61,10 @@ def _legal_frames(folder: ModelFolder) -> list[int]:
 
 def _component(folder: ModelFolder, model: str, name: str) -> dict[str, Any] | None:
     """Class, parameters and dtypes of one component; None for one without weights."""
-    tensors = list(_stored_on_hub(model, folder.revision, name) if folder.revision else _stored(folder, name))
+    if folder.revision:
+        tensors = list(_stored_on_hub(model, folder.revision, name))
+    else:
+        tensors = [tensor for file in weight_files(folder.folder(name)) for tensor in read_header(file)]
     if not tensors:
         return None
     config = folder.configs[name]
@@ -82,29 +76,12 @@ def _component(folder: ModelFolder, model: str, name: str) -> dict[str, Any] | N
     }
 
 
-def _stored(folder: ModelFolder, name: str) -> Iterator[Stored]:
-    """All tensors of a component's files."""
-    for file in weight_files(folder.folder(name)):
-        yield from _read_header(file)
-
-
-def _read_header(file: Path) -> Iterator[Stored]:
-    """All tensors of a weight file; their values are not read."""
-    try:
-        with safe_open(file, "np") as content:
-            for key in content.keys():  # noqa: SIM118 - not a dict
-                part = content.get_slice(key)
-                yield Stored(key, part.get_dtype(), tuple(part.get_shape()))
-    except SafetensorError as error:
-        raise OSError(f"{file} is corrupt or was not copied completely ({error}). Download it again.") from error
-
-
-def _stored_on_hub(repository: str, revision: str, name: str) -> Iterator[Stored]:
-    """The same for a repository: fetches the headers only."""
+def _stored_on_hub(repository: str, revision: str, name: str) -> Iterator[StoredTensor]:
+    """All tensors of a component in a repository; only the headers of its files are fetched."""
     for file in HfApi().list_repo_files(repository, revision=revision):
         if file.startswith(f"{name}/") and is_main_variant(file.rpartition("/")[2]):
             for key, tensor in parse_safetensors_file_metadata(repository, file, revision=revision).tensors.items():
-                yield Stored(key, tensor.dtype, tuple(tensor.shape))
+                yield StoredTensor(key, tensor.dtype, tuple(tensor.shape))
 
 
 # --- as text ------------------------------------------------------------------------------------------------------------

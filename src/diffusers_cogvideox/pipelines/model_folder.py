@@ -19,9 +19,9 @@ from ..demo import demo_model
 from ..geometry import Geometry
 from ..options import DEMO
 from ..presets import PRESETS, Preset, match_preset
-from .folder import check_folder
+from .folder import INDEX, check_folder, component_names, read_json
 
-__all__ = ["RECOMMENDATIONS", "ModelFolder", "Recommended", "is_main_variant", "read_json", "weight_files"]
+__all__ = ["RECOMMENDATIONS", "ModelFolder", "Recommended", "is_main_variant", "weight_files"]
 
 RECOMMENDATIONS = "cogvideox.json"
 """A file in a model folder that says how to sample from it: any of the fields of `Recommended`."""
@@ -64,14 +64,13 @@ class ModelFolder:
         """
         path, revision = _locate(str(model))
         config = path / "config.json"
-        if config.is_file() and not (path / "model_index.json").is_file():
+        if config.is_file() and not (path / INDEX).is_file():
             name = next((name for name, known in _CLASSES.items() if read_json(config).get("_class_name") == known), path.name)
             return cls(path, {name: read_json(config)})
         if revision is None:
             check_folder(path)
-        index = {name: entry for name, entry in read_json(path / "model_index.json").items() if not name.startswith("_")}
         files = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
-        return cls(path, {name: read_json(path / name / files.get(name, "config.json")) for name in index}, revision)
+        return cls(path, {name: read_json(path / name / files.get(name, "config.json")) for name in component_names(path)}, revision)
 
     def folder(self, component: str) -> Path:
         """Folder of one component."""
@@ -80,7 +79,7 @@ class ModelFolder:
     @cached_property
     def pipeline(self) -> str | None:
         """Class name of the pipeline that model_index.json names."""
-        index = self.path / "model_index.json"
+        index = self.path / INDEX
         return read_json(index).get("_class_name") if index.is_file() else None
 
     @cached_property
@@ -148,19 +147,6 @@ def is_main_variant(name: str) -> bool:
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a component in its main variant."""
     return sorted(file for file in folder.iterdir() if is_main_variant(file.name)) if folder.is_dir() else []
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises FileNotFoundError, and OSError for anything else than an object."""
-    if not file.is_file():
-        raise FileNotFoundError(f"there is no file {file}.")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # JSON and UTF-8 errors are both ValueErrors
-        raise OSError(f"{file} is not valid JSON ({error}).") from error
-    if not isinstance(content, dict):
-        raise OSError(f"{file} holds a {type(content).__name__}, not a JSON object.")
-    return content
 
 
 def _locate(model: str) -> tuple[Path, str | None]:

@@ -12,12 +12,17 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from .folder import check_complete, check_folder
 
-__all__ = ["SHARED_COMPONENTS", "PortablePipeline"]
+__all__ = ["SHARED_COMPONENTS", "PortablePipeline", "portable"]
 
 PACKAGE = __name__.partition(".")[0]
 
 SHARED_COMPONENTS = frozenset({"AutoencoderKLCogVideoX", "CogVideoXTransformer3DModel", "CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"})
 """Component classes that exist under one name, with one file format, in diffusers and here."""
+
+
+def portable(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Entries of a model_index.json, with shared classes under diffusers' name: `("diffusers", N)`."""
+    return {key: _moved(entry, "diffusers") for key, entry in entries.items()}
 
 
 class PortablePipeline(DiffusionPipeline):
@@ -30,7 +35,7 @@ class PortablePipeline(DiffusionPipeline):
 
     def register_to_config(self, **kwargs: Any) -> None:
         """Record our components as `("diffusers", N)`, so that diffusers alone loads what is saved."""
-        super().register_to_config(**{key: _moved(entry, "diffusers") for key, entry in kwargs.items()})
+        super().register_to_config(**portable(kwargs))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:

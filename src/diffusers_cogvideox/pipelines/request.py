@@ -56,7 +56,7 @@ class Request:
         for name in ("num_videos_per_prompt", "max_sequence_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is not possible: it must be at least 1.")
-        if isinstance(self.generator, (list, tuple)) and len(self.generator) != self.count:
+        if isinstance(self.generator, list) and len(self.generator) != self.count:
             raise ValueError(
                 f"{len(self.generator)} generators for {self.count} videos (prompts x num_videos_per_prompt): pass one for all, or "
                 "one for each."
@@ -65,13 +65,18 @@ class Request:
         negative = inputs.negative_prompt is not None or inputs.negative_prompt_embeds is not None
         if self.zero_unconditional and negative:
             raise ValueError("zero_unconditional=True leaves no place for a negative prompt: pass one of the two.")
-        if self.guidance_scale <= 1 and (negative or self.use_dynamic_cfg):
-            logger.warning(f"guidance_scale={self.guidance_scale} turns guidance off: negative prompts and use_dynamic_cfg have no effect.")
+        if self.guidance_scale <= 1 and (negative or self.use_dynamic_cfg or self.zero_unconditional):
+            logger.warning(
+                f"guidance_scale={self.guidance_scale} turns guidance off: negative prompts, use_dynamic_cfg and zero_unconditional have "
+                "no effect."
+            )
 
     @classmethod
     def from_call(cls, arguments: Mapping[str, Any], defaults: Mapping[str, Any]) -> Request:
         """The request behind the arguments of a pipeline's `__call__`; None stands for the model's or this class's default."""
         given = {**defaults, **{name: value for name, value in arguments.items() if value is not None}}
+        if isinstance(given.get("generator"), tuple):
+            given["generator"] = list(given["generator"])  # the only sequence that diffusers' functions take
         callback = given.get("callback_on_step_end")
         if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
             given["callback_on_step_end_tensor_inputs"] = callback.tensor_inputs

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 
-from ..options import DEMO, SamplingOptions
+from ..options import DEMO, Precision, Sampler, SamplingOptions
 from ..schedulers.scheduler import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 from .model_folder import ModelFolder
 from .pipeline import CogVideoXPipeline
@@ -67,7 +67,10 @@ def choose_settings(options: SamplingOptions, model: str, **chosen: Any) -> Sett
 
 
 def check_settings(settings: Settings, folder: ModelFolder) -> None:
-    """Raise ValueError for what the model, the device or the precision cannot do."""
+    """Raise ValueError for what the model, the device or the precision cannot do, and for unknown names of sampler or precision."""
+    for flag, value, choices in (("--sampler", settings.sampler, get_args(Sampler)), ("--dtype", settings.dtype, get_args(Precision))):
+        if value not in choices:
+            raise ValueError(f"{flag} {value} is unknown: it must be one of {', '.join(choices)}.")
     folder.geometry.check_size(settings.height, settings.width)
     folder.geometry.check_frames(settings.num_frames)
     limit = folder.configs["scheduler"]["num_train_timesteps"]
