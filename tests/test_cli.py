@@ -230,6 +230,7 @@ def test_info_of_a_folder(folder, capsys):
         ("generate x --num-videos 0", "--num-videos 0 is not possible"),
         ("evaluate quality", "expected one of 'shapes'"),
         ("evaluate shapes --batch-size 0", "--batch-size 0 is not possible"),
+        ("evaluate shapes --no-baselines --untrained-prompts 9", "--untrained-prompts has no effect with --no-baselines"),
         ("train", "required: task, output, model, stages"),
         ("train missing.yaml", "File does not exist"),
         ("info nowhere", "there is no folder 'nowhere'"),

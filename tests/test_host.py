@@ -84,7 +84,6 @@ def test_a_scheduler_of_that_name_in_diffusers_stays(monkeypatch: pytest.MonkeyP
     assert diffusers.CogVideoXScheduler is theirs
 
 
-@pytest.mark.slow
 def test_importing_replaces_nothing():
     script = (
         "import diffusers; from diffusers.hooks._helpers import TransformerBlockRegistry as B, AttentionProcessorRegistry as P;"

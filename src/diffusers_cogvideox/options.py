@@ -136,3 +136,5 @@ class EvaluateOptions(SamplingOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         _at_least(1, prompts=self.prompts, untrained_prompts=self.untrained_prompts, batch_size=self.batch_size)
+        if not self.baselines and self.untrained_prompts != EvaluateOptions.untrained_prompts:
+            raise ValueError("--untrained-prompts has no effect with --no-baselines: leave out one of the two.")

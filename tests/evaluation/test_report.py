@@ -37,7 +37,8 @@ def pipeline(folder) -> CogVideoXPipeline:
 
 
 def options(folder: Path, **changes) -> EvaluateOptions:
-    return EvaluateOptions("shapes", str(folder), **{"prompts": 3, "untrained_prompts": 2, "batch_size": 2, "device": "cpu"} | changes)
+    baselines = {"untrained_prompts": 2} if changes.get("baselines", True) else {}
+    return EvaluateOptions("shapes", str(folder), **{"prompts": 3, "batch_size": 2, "device": "cpu"} | baselines | changes)
 
 
 # --- metrics and rates --------------------------------------------------------------------------------------------------
@@ -196,4 +197,4 @@ def test_the_verb_writes_a_report_once(folder, tmp_path, capsys):
     assert len(content["samples"]) == 2
     assert cli.main(arguments) == 2
     assert "shapes.json exists already" in capsys.readouterr().err
-    assert cli.main([*arguments, "--overwrite", "--no-baselines"]) == 0
+    assert cli.main([*arguments, "--overwrite"]) == 0

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from diffusers_cogvideox.models.autoencoder import AutoencoderKLCogVideoX
@@ -106,6 +107,13 @@ def test_nonfinite_gradients_stop_the_run(tmp_path: Path) -> None:
     settings = config(tmp_path)
     with pytest.raises(FloatingPointError, match="learning_rate"):
         run(settings, Broken(settings))
+
+
+def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Accelerator, "num_processes", property(lambda _: 2))
+    settings = config(tmp_path)
+    with pytest.raises(ValueError, match="2 processes"):
+        run(settings, VAETask(settings))
 
 
 @pytest.mark.parametrize(("step", "expected"), [(0, 0.1), (9, 1.0), (10, 1.0), (55, 0.51), (100, 0.02), (200, 0.02)])

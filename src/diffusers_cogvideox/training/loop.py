@@ -65,6 +65,7 @@ def run(config: TrainConfig, task: Task, on_checkpoint: Checkpoint | None = None
 
     Raises:
         FloatingPointError: the gradients became infinite or NaN.
+        ValueError: started on several processes, which would all draw the same batches.
     """
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
@@ -97,6 +98,10 @@ class _Training:
     def __init__(self, config: TrainConfig, task: Task, folder: Path) -> None:
         AcceleratorState._reset_state()  # accelerate allows one precision per process; a process may train several models in turn
         self.accelerator = Accelerator(mixed_precision=config.mixed_precision)
+        if self.accelerator.num_processes > 1:
+            raise ValueError(
+                f"training on {self.accelerator.num_processes} processes is not possible yet: all would draw the same batches. Start one."
+            )
         set_seed(config.seed)
         self.task, self.folder, self.options = task, folder, config.optimisation
         self.model = task.objective.model
