@@ -109,6 +109,31 @@ def test_nonfinite_gradients_stop_the_run(tmp_path: Path) -> None:
         run(settings, Broken(settings))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stages": []}, "stages is empty"),
+        ({"vae": "folder"}, "vae has no effect when the vae is trained, only for: transformer"),
+        ({"data": DataOptions(clips=9)}, "data.clips has no effect"),
+        ({"task": "text_encoder"}, "stages.crop has no effect when the text_encoder is trained"),
+        ({"model": {"latent_chanels": 4}}, "model has no key latent_chanels; it has act_fn, "),
+        ({"objective": {"kl": 1.0}}, "objective has no key kl; it has kl_weight"),
+    ],
+)
+def test_settings_without_effect_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        VAETask(config(tmp_path, **changes))
+
+
+def test_weights_to_start_from_are_used_and_must_fit(tmp_path: Path) -> None:
+    vae = AutoencoderKLCogVideoX(**TINY_VAE)
+    vae.save_pretrained(tmp_path / "start")
+    started = VAETask(config(tmp_path, init_from=str(tmp_path / "start"))).objective.model
+    assert torch.equal(started.encoder.conv_in.conv.weight, vae.encoder.conv_in.conv.weight)
+    with pytest.raises(ValueError, match=r"model\.latent_channels=8, but the weights in .* have latent_channels=4"):
+        VAETask(config(tmp_path, init_from=str(tmp_path / "start"), model=TINY_VAE | {"latent_channels": 8}))
+
+
 def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Accelerator, "num_processes", property(lambda _: 2))
     settings = config(tmp_path)

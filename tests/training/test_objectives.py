@@ -73,7 +73,7 @@ def test_loss_by_bucket_averages_inside_its_range() -> None:
 
 
 def test_vae_objective_reaches_every_parameter() -> None:
-    objective = VAEObjective(AutoencoderKLCogVideoX(**TINY_VAE))
+    objective = VAEObjective(AutoencoderKLCogVideoX(**TINY_VAE), kl_weight=1e-3)
     result = objective(torch.rand(1, 3, 9, 16, 16) * 2 - 1)
     result["loss"].backward()
     torch.testing.assert_close(result["loss"], result["l1"] + result["mse"] + objective.kl_weight * result["kl"])
@@ -84,4 +84,4 @@ def test_kl_vanishes_for_a_standard_normal_posterior() -> None:
     vae = AutoencoderKLCogVideoX(**TINY_VAE)
     nn.init.zeros_(vae.encoder.conv_out.conv.weight)
     nn.init.zeros_(vae.encoder.conv_out.conv.bias)
-    assert VAEObjective(vae)(torch.zeros(1, 3, 1, 16, 16))["kl"] == 0
+    assert VAEObjective(vae, kl_weight=1.0)(torch.zeros(1, 3, 1, 16, 16))["kl"] == 0

@@ -2,10 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-__all__ = ["DataOptions", "Optimisation", "Stage", "TrainConfig"]
+__all__ = ["DataOptions", "Optimisation", "Stage", "TrainConfig", "check_keys", "check_same"]
+
+# Options that only some tasks read.
+_READ_BY = {
+    "vae": ("transformer",),
+    "text_encoder": ("transformer",),
+    "scheduler": ("transformer",),
+    "init_from": ("vae", "transformer"),
+    "channels_last": ("vae",),
+    "data.clips": ("transformer",),
+    "stages.crop": ("vae",),
+}
+
+
+def check_keys(kind: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raise ValueError for keys of the mapping `kind` that nothing reads."""
+    known = sorted(known)
+    if unknown := sorted(set(given) - set(known)):
+        raise ValueError(f"{kind} has no key {', '.join(unknown)}; it has {', '.join(known) or 'none'}.")
+
+
+def check_same(given: Mapping[str, Any], found: Mapping[str, Any], folder: str) -> None:
+    """Raise ValueError where weights to start from (`found`, from `folder`) belong to another model than the one that is `given`."""
+    for key, value in given.items():
+        have = list(found[key]) if isinstance(found.get(key), tuple) else found.get(key)
+        if have != (list(value) if isinstance(value, tuple) else value):
+            raise ValueError(
+                f"model.{key}={value}, but the weights in {folder} have {key}={have}: make them equal, or leave init_from out."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +131,23 @@ class TrainConfig:
     """How many checkpoints to keep."""
     log_every: int = 20
     """Steps between lines of metrics.jsonl."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a run without stages, and for options that this task does not read."""
+        if not self.stages:
+            raise ValueError("stages is empty: name at least one, such as {steps: 1000, batch_size: 8}.")
+        given = {name: getattr(self, name, None) for name in _READ_BY}
+        given |= {"data.clips": self.data.clips, "stages.crop": any(stage.crop for stage in self.stages)}
+        for name, value in given.items():
+            if value and self.task not in _READ_BY[name]:
+                raise ValueError(
+                    f"{name} has no effect when the {self.task} is trained, only for: {', '.join(_READ_BY[name])}. Leave it out."
+                )
+
+    def objective_options(self, **defaults: float) -> dict[str, float]:
+        """`objective` over its defaults; ValueError for keys that the objective does not have."""
+        check_keys("objective", self.objective, defaults)
+        return defaults | self.objective
 
     @property
     def total_steps(self) -> int:

@@ -31,7 +31,7 @@ class VAEObjective(Objective):
     other networks and are not part of it.
     """
 
-    def __init__(self, vae: AutoencoderKLCogVideoX, kl_weight: float = 2e-4) -> None:
+    def __init__(self, vae: AutoencoderKLCogVideoX, kl_weight: float) -> None:
         super().__init__(vae)
         self.kl_weight = kl_weight
 

@@ -27,7 +27,7 @@ from ..data.captions import vocabulary_corpus
 from ..data.moving_shapes import MovingShapes, Scene
 from ..data.scenes import BACKGROUNDS, COLORS, MOTIONS, SHAPES
 from ..files import atomic_path
-from .config import TrainConfig
+from .config import TrainConfig, check_keys
 from .objectives import Objective
 
 __all__ = ["TextEncoderTask", "tokenize", "train_tokenizer"]
@@ -125,6 +125,8 @@ class TextEncoderTask:
         self.length = model.pop("max_length")
         # Wide relative-position biases: with T5's default the untrained encoder hardly sees word order.
         bias_std = model.pop("relative_bias_std", 2.0)
+        check_keys("model", model, {*T5Config().to_dict(), "max_length", "relative_bias_std"})
+        config.objective_options()
         self.tokenizer = train_tokenizer(vocabulary_corpus(), Path(config.output) / "tokenizer", self.length)
         torch.manual_seed(config.seed)
         self.encoder = encoder = T5EncoderModel(T5Config(vocab_size=len(self.tokenizer), **model))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from ..models.rope import rope_for
 from ..models.transformer import CogVideoXTransformer3DModel, initialize_for_training
 from ..presets import PRESETS
 from ..schedulers.scheduler import CogVideoXScheduler
-from .config import DataOptions, TrainConfig
+from .config import DataOptions, TrainConfig, check_keys, check_same
 from .latents import encode_clips
 from .objectives import DiffusionObjective, loss_by_bucket, stratified_timesteps
 from .text_encoder import tokenize
@@ -56,12 +57,14 @@ class TransformerTask:
         torch.manual_seed(config.seed)
         if config.init_from:
             transformer = CogVideoXTransformer3DModel.from_pretrained(config.init_from)
+            check_same(config.model, transformer.config, config.init_from)
         else:
-            transformer = CogVideoXTransformer3DModel.from_config(config.model)
+            check_keys("model", config.model, signature(CogVideoXTransformer3DModel).parameters)
+            transformer = CogVideoXTransformer3DModel(**config.model)
             initialize_for_training(transformer)
         self.transformer = transformer
         self.clips = self._encode(config.vae, transformer.config)
-        self.text_dropout = config.objective.get("text_dropout", 0.1)
+        self.text_dropout = config.objective_options(text_dropout=0.1)["text_dropout"]
         self.objective = DiffusionObjective(transformer.train(), scheduler.alphas_cumprod)
 
     def _encode(self, folder: str, model: Mapping[str, Any]) -> dict[int, _Clips]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from ..data.moving_shapes import MovingShapes
 from ..models.autoencoder import AutoencoderKLCogVideoX
-from .config import TrainConfig
+from .config import TrainConfig, check_keys, check_same
 from .latents import encode_clips, latent_statistics
 from .objectives import VAEObjective
 
@@ -38,11 +39,13 @@ class VAETask:
         torch.manual_seed(config.seed)
         if config.init_from:
             vae = AutoencoderKLCogVideoX.from_pretrained(config.init_from)
+            check_same(config.model, vae.config, config.init_from)
         else:
-            vae = AutoencoderKLCogVideoX.from_config(config.model)
+            check_keys("model", config.model, signature(AutoencoderKLCogVideoX).parameters)
+            vae = AutoencoderKLCogVideoX(**config.model)
         if config.channels_last:
             use_channels_last(vae)
-        self.objective = VAEObjective(vae.train(), **config.objective)
+        self.objective = VAEObjective(vae.train(), **config.objective_options(kl_weight=2e-4))
 
     def batch(self, step: int) -> dict[str, Any]:
         """{"video": (B, 3, F, H, W)} of optimiser step `step`."""
