@@ -7,6 +7,7 @@ import runpy
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -261,6 +262,12 @@ def test_termination_ends_a_run_as_ctrl_c_does(monkeypatch, capsys):
     finally:
         signal.signal(signal.SIGTERM, before)
     assert "stopped" in capsys.readouterr().err
+
+
+def test_a_verb_runs_in_any_thread(monkeypatch):
+    monkeypatch.setitem(cli.VERBS, "info", dataclasses.replace(cli.VERBS["info"], run=lambda _: "done"))
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(cli.main, ["info"]).result() == 0
 
 
 def test_ctrl_c_gives_130(monkeypatch, capsys):

@@ -12,6 +12,7 @@ import inspect
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -214,12 +215,17 @@ def _top_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _stop_like_ctrl_c() -> None:
+    """Batch systems send SIGTERM, and in a shell's background SIGINT is ignored: both shall stop a run with nothing half done."""
+    if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+        for name in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, signal.default_int_handler)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line, by default that of the process. Returns the exit status: 0, 2 after a mistake, 130 after Ctrl-C."""
     given = _top_parser().parse_args(arguments)
-    # Batch systems send SIGTERM, and in the background SIGINT is ignored: both shall stop a run as Ctrl-C does, with nothing half done.
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, signal.default_int_handler)
+    _stop_like_ctrl_c()
     try:
         text = VERBS[given.verb].run(_parse(given.verb, given.arguments))
     except KeyboardInterrupt:

@@ -171,6 +171,15 @@ def test_unknown_recommendations_are_errors(content, message, own_folder, tmp_pa
         plan(options(own_folder, tmp_path))
 
 
+def test_a_recipe_with_a_setting_of_the_wrong_type_is_an_error(folder, tmp_path):
+    (path,) = generate(options(folder, tmp_path))
+    recipe = json.loads(path.with_suffix(".json").read_text())
+    recipe["settings"]["num_inference_steps"] = "many"
+    (tmp_path / "edited.json").write_text(json.dumps(recipe))
+    with pytest.raises(ValueError, match=r"edited\.json holds a setting of the wrong type"):
+        plan(GenerateOptions(str(tmp_path / "edited.json"), output=str(tmp_path / "again"), device="cpu"))
+
+
 def test_float16_models_run_in_bfloat16_on_a_cpu(own_folder, tmp_path):
     (own_folder / "cogvideox.json").write_text('{"dtype": "float16"}')
     assert plan(options(own_folder, tmp_path))[0].dtype == "bfloat16"

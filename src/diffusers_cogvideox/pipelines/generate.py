@@ -109,7 +109,10 @@ def _read_recipe(options: GenerateOptions) -> tuple[Settings, list[str], list[in
             f"{options.prompt} was made with other weights or configs than {settings.model} has now (fingerprint {settings.fingerprint}, "
             f"now {folder.fingerprint()}): the video would differ."
         )
-    check_settings(settings, folder)
+    try:
+        check_settings(settings, folder)
+    except TypeError as error:
+        raise ValueError(f"{options.prompt} holds a setting of the wrong type: {error}.") from error
     return settings, [prompt], [seed]
 
 
