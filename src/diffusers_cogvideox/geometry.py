@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-__all__ = ["DECODE_CHUNK", "ENCODE_CHUNK", "Geometry", "chunk_spans"]
+__all__ = ["DECODE_CHUNK", "ENCODE_CHUNK", "Geometry", "chunk_spans", "spatial_ratio"]
 
 # GroupNorm statistics are taken per chunk, so these two sizes are part of the function that the VAE computes.
 ENCODE_CHUNK = 8  # pixel frames
@@ -22,6 +22,11 @@ def chunk_spans(length: int, size: int) -> list[tuple[int, int]]:
     first = min(length, size + length % size)
     starts = [0, *range(first, length, size)]
     return list(zip(starts, [*starts[1:], length], strict=True))
+
+
+def spatial_ratio(block_out_channels: Sequence[int]) -> int:
+    """Pixels per latent of a VAE with these widths, one per level: every level but the last halves height and width."""
+    return 2 ** (len(block_out_channels) - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +50,8 @@ class Geometry:
     @classmethod
     def from_configs(cls, vae: Mapping[str, Any], transformer: Mapping[str, Any]) -> Geometry:
         """Read the four ratios from the two models' configs (config.json of vae/ and transformer/)."""
-        spatial_ratio = 2 ** (len(vae["block_out_channels"]) - 1)
-        return replace(
-            cls.from_transformer(transformer), temporal_ratio=int(vae["temporal_compression_ratio"]), spatial_ratio=spatial_ratio
-        )
+        ratios = {"temporal_ratio": int(vae["temporal_compression_ratio"]), "spatial_ratio": spatial_ratio(vae["block_out_channels"])}
+        return replace(cls.from_transformer(transformer), **ratios)
 
     # --- frames ---------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
-from ..geometry import DECODE_CHUNK, ENCODE_CHUNK, chunk_spans
+from ..geometry import DECODE_CHUNK, ENCODE_CHUNK, chunk_spans, spatial_ratio
 from .causal_conv import ConvCache
 from .tiling import TileAxis, map_tiles
 from .vae_blocks import Decoder, Encoder
@@ -75,7 +75,7 @@ class AutoencoderKLCogVideoX(ModelMixin, AutoencoderMixin, ConfigMixin):  # type
         self.quant_conv = nn.Conv3d(2 * latent_channels, 2 * latent_channels, 1) if use_quant_conv else None
         self.post_quant_conv = nn.Conv3d(latent_channels, latent_channels, 1) if use_post_quant_conv else None
 
-        self.spatial_ratio = 2 ** (len(block_out_channels) - 1)
+        self.spatial_ratio = spatial_ratio(block_out_channels)
         self.num_sample_frames_batch_size = ENCODE_CHUNK
         self.num_latent_frames_batch_size = DECODE_CHUNK
         self.use_slicing = False

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-__all__ = ["DataOptions", "Optimisation", "Stage", "TrainConfig", "check_keys", "check_same"]
+__all__ = ["DataOptions", "Optimisation", "Stage", "TrainConfig", "check_keys"]
 
 # Options that only some tasks read.
 _READ_BY = {
@@ -25,16 +25,6 @@ def check_keys(kind: str, given: Iterable[str], known: Iterable[str]) -> None:
     known = sorted(known)
     if unknown := sorted(set(given) - set(known)):
         raise ValueError(f"{kind} has no key {', '.join(unknown)}; it has {', '.join(known) or 'none'}.")
-
-
-def check_same(given: Mapping[str, Any], found: Mapping[str, Any], folder: str) -> None:
-    """Raise ValueError where weights to start from (`found`, from `folder`) belong to another model than the one that is `given`."""
-    for key, value in given.items():
-        have = list(found[key]) if isinstance(found.get(key), tuple) else found.get(key)
-        if have != (list(value) if isinstance(value, tuple) else value):
-            raise ValueError(
-                f"model.{key}={value}, but the weights in {folder} have {key}={have}: make them equal, or leave init_from out."
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

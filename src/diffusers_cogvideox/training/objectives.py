@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models.autoencoder import AutoencoderKLCogVideoX
+from ..schedulers.noise import add_noise, signal_and_noise, to_velocity
 
 __all__ = ["DiffusionObjective", "Objective", "VAEObjective", "loss_by_bucket", "stratified_timesteps"]
 
@@ -50,24 +51,20 @@ class VAEObjective(Objective):
 class DiffusionObjective(Objective):
     """v-prediction: || v_theta(x_t, t, text) - v ||^2 with x_t = a x_0 + s eps, v = a eps - s x_0, a^2 = abar_t, s^2 = 1 - abar_t.
 
-    Equal to the original's x_0 error weighted by 1 / (1 - abar_t) (spec: v-MSE). abar has zero terminal SNR.
+    Equal to the original's x_0 error weighted by 1 / (1 - abar_t). abar has zero terminal SNR.
     """
 
     def __init__(self, transformer: nn.Module, alphas_cumprod: Tensor) -> None:
         super().__init__(transformer)
-        self.register_buffer("alphas_cumprod", alphas_cumprod.float(), persistent=False)
-
-    alphas_cumprod: Tensor
+        self.alphas_cumprod = alphas_cumprod
 
     def forward(
         self, latents: Tensor, text: Tensor, timesteps: Tensor, noise: Tensor, rotary: tuple[Tensor, Tensor] | None
     ) -> dict[str, Tensor]:
         """latents, noise (B, F, C, H, W), already scaled; text (B, L, D); timesteps (B,) -> loss (scalar), per_sample (B,)."""
-        abar = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1, 1)
-        signal, sigma = abar.sqrt(), (1 - abar).sqrt()
-        noisy = signal * latents + sigma * noise
-        velocity = signal * noise - sigma * latents
-        prediction = self.model(noisy, text, timesteps, image_rotary_emb=rotary, return_dict=False)[0]
+        alpha, sigma = signal_and_noise(self.alphas_cumprod, timesteps, latents)
+        velocity = to_velocity(latents, noise, alpha, sigma)
+        prediction = self.model(add_noise(latents, noise, alpha, sigma), text, timesteps, image_rotary_emb=rotary, return_dict=False)[0]
         per_sample = (prediction.float() - velocity).square().flatten(1).mean(1)
         return {"loss": per_sample.mean(), "per_sample": per_sample}
 

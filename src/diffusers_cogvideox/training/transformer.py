@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,10 @@ from ..models.rope import rope_for
 from ..models.transformer import CogVideoXTransformer3DModel, initialize_for_training
 from ..presets import PRESETS
 from ..schedulers.scheduler import CogVideoXScheduler
-from .config import DataOptions, TrainConfig, check_keys, check_same
+from .config import DataOptions, TrainConfig
 from .latents import encode_clips
 from .objectives import DiffusionObjective, loss_by_bucket, stratified_timesteps
+from .start import start_model
 from .text_encoder import tokenize
 
 __all__ = ["TransformerTask"]
@@ -54,18 +54,10 @@ class TransformerTask:
         self.text_encoder = T5EncoderModel.from_pretrained(config.text_encoder).eval().requires_grad_(False)
         scheduler = CogVideoXScheduler(**PRESETS["5b"].scheduler | config.scheduler)
         self.train_timesteps = scheduler.config.num_train_timesteps
-        torch.manual_seed(config.seed)
-        if config.init_from:
-            transformer = CogVideoXTransformer3DModel.from_pretrained(config.init_from)
-            check_same(config.model, transformer.config, config.init_from)
-        else:
-            check_keys("model", config.model, signature(CogVideoXTransformer3DModel).parameters)
-            transformer = CogVideoXTransformer3DModel(**config.model)
-            initialize_for_training(transformer)
-        self.transformer = transformer
+        self.transformer = transformer = start_model(CogVideoXTransformer3DModel, config, initialize_for_training)
         self.clips = self._encode(config.vae, transformer.config)
         self.text_dropout = config.objective_options(text_dropout=0.1)["text_dropout"]
-        self.objective = DiffusionObjective(transformer.train(), scheduler.alphas_cumprod)
+        self.objective = DiffusionObjective(transformer, scheduler.alphas_cumprod)
 
     def _encode(self, folder: str, model: Mapping[str, Any]) -> dict[int, _Clips]:
         """Clips of every length that the stages ask for, scaled; encoded once and kept in the run folder."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,10 @@ from torch import Tensor, nn
 
 from ..data.moving_shapes import MovingShapes
 from ..models.autoencoder import AutoencoderKLCogVideoX
-from .config import TrainConfig, check_keys, check_same
+from .config import TrainConfig
 from .latents import encode_clips, latent_statistics
 from .objectives import VAEObjective
+from .start import start_model
 
 __all__ = ["VAETask"]
 
@@ -36,16 +36,10 @@ class VAETask:
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
-        torch.manual_seed(config.seed)
-        if config.init_from:
-            vae = AutoencoderKLCogVideoX.from_pretrained(config.init_from)
-            check_same(config.model, vae.config, config.init_from)
-        else:
-            check_keys("model", config.model, signature(AutoencoderKLCogVideoX).parameters)
-            vae = AutoencoderKLCogVideoX(**config.model)
+        vae = start_model(AutoencoderKLCogVideoX, config)
         if config.channels_last:
             use_channels_last(vae)
-        self.objective = VAEObjective(vae.train(), **config.objective_options(kl_weight=2e-4))
+        self.objective = VAEObjective(vae, **config.objective_options(kl_weight=2e-4))
 
     def batch(self, step: int) -> dict[str, Any]:
         """{"video": (B, 3, F, H, W)} of optimiser step `step`."""
