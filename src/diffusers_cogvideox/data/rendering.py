@@ -30,9 +30,12 @@ AREAS: Mapping[str, float] = {
     "cross": 4 * _ARM * (2 - _ARM) / (1 + _ARM**2),
 }
 
-_MARGIN = 1 / 64  # of the smaller side: shapes keep this distance from the border
+_MARGIN = 2 / 64  # of the smaller side: shapes keep this distance from the border
 _RADIUS = {1: (13 / 64, 17 / 64), 2: (7 / 64, 9 / 64)}  # number of shapes -> circumscribed radius, of the smaller side
-_TRAVEL = (0.40, 0.55)  # of the side along which a shape moves
+_EDGE = 2.0  # pixels over which a shape fades out: soft enough for an 8x8 times smaller latent to hold it
+_TRAVEL = (0.30, 0.42)  # of the side along which a shape moves
+_BOUNCE = 0.6  # a bounce is this part of the way of a move: it is run through four times
+_SPREAD = 0.25  # of the room there is, how far from the middle a path may lie
 _TURN = (90.0, 120.0)  # degrees, clockwise
 _DIRECTIONS = {"moves right": (1, 0), "moves left": (-1, 0), "moves up": (0, -1), "moves down": (0, 1), "bounces": (0, -1)}
 
@@ -89,13 +92,13 @@ def _distance(shape: str, u: Array, v: Array, radius: Array) -> Array:
 
 
 def coverage(shape: str, dx: Array, dy: Array, radius: Array, angle: Array) -> Array:
-    """Part of a pixel that the shape covers, 0..1: a linear ramp one pixel wide around its outline.
+    """Part of a pixel that the shape covers, 0..1: a linear ramp `_EDGE` pixels wide around its outline.
 
     (dx, dy) is the pixel's place relative to the centre of the shape, y down; radius (circumscribed) in pixels, angle clockwise in
     radians. The arrays broadcast against each other.
     """
     cos, sin = np.cos(angle), np.sin(angle)
-    return np.clip(np.float32(0.5) - _distance(shape, cos * dx + sin * dy, cos * dy - sin * dx, radius), 0, 1)
+    return np.clip(np.float32(0.5) - _distance(shape, cos * dx + sin * dy, cos * dy - sin * dx, radius) / np.float32(_EDGE), 0, 1)
 
 
 # --- motion -------------------------------------------------------------------------------------------------------------
@@ -109,9 +112,12 @@ def _path(spec: ShapeSpec, box: Box, radius: float, rng: np.random.Generator, fr
     reach = radius * float(scale.max()) + _MARGIN * min(size)
     low = np.array([box.left + reach, box.top + reach])
     room = np.array([box.right - reach, box.bottom - reach]) - low
-    travel, turn, *start = rng.uniform([_TRAVEL[0], _TURN[0], 0, 0], [_TRAVEL[1], _TURN[1], 1, 1])
+    near, far = 0.5 - _SPREAD, 0.5 + _SPREAD
+    travel, turn, *start = rng.uniform([_TRAVEL[0], _TURN[0], near, near], [_TRAVEL[1], _TURN[1], far, far])
+    if spec.motion == "bounces":
+        travel *= _BOUNCE
     length = np.minimum(travel * np.array(size[::-1]), room) * _DIRECTIONS.get(str(spec.motion), (0, 0))
-    # A start anywhere in the box from which the whole way fits.
+    # A start from which the whole way fits, and which keeps it near the middle of the box.
     origin = low - np.minimum(length, 0) + np.array(start) * (room - np.abs(length))
     x, y = (origin[axis] + length[axis] * progress for axis in (0, 1))
     angle = np.deg2rad(turn) * t if spec.motion == "rotates" else np.zeros_like(t)

@@ -1,16 +1,22 @@
 """The part that all tasks share: components, state, text to embeddings, one call, latents to video."""
 
-from __future__ import annotations
+# Annotations stay real objects here: diffusers reads the classes of the components from `__init__`.
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from diffusers.loaders import CogVideoXLoraLoaderMixin
+from diffusers.models import AutoencoderKLCogVideoX as StockVAE
+from diffusers.models import CogVideoXTransformer3DModel as StockTransformer
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.video_processor import VideoProcessor
 from torch import Tensor
+from transformers import T5EncoderModel, T5Tokenizer
 
 from ..geometry import Geometry
+from ..models.autoencoder import AutoencoderKLCogVideoX
+from ..models.transformer import CogVideoXTransformer3DModel
 from ..presets import PRESETS, match_preset
 from .conditioning import Condition
 from .denoising import denoise
@@ -29,8 +35,15 @@ MakeCondition = Callable[[Tensor, Tensor], Condition]
 class CogVideoXPipelineBase(PortablePipeline, CogVideoXLoraLoaderMixin):
     """Components, state and the course of one call of every CogVideoX pipeline.
 
-    A task is a subclass whose `__call__` makes a `Request` and a function that makes its `Condition`, and hands both to
-    `generate`. Callbacks may set `_guidance_scale` and `_interrupt` while the loop runs.
+    A task is a subclass whose `__call__` makes the `Condition` of a `Request`, and hands both to `generate`. Callbacks may set
+    `_guidance_scale` and `_interrupt` while the loop runs. diffusers' own models and schedulers are accepted as components too.
+
+    Args:
+        tokenizer: T5 tokenizer.
+        text_encoder: T5 encoder.
+        vae: 3D causal VAE.
+        transformer: expert transformer.
+        scheduler: any scheduler of the DDPM family that predicts velocities.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"  # type: ignore[assignment]
@@ -43,9 +56,16 @@ class CogVideoXPipelineBase(PortablePipeline, CogVideoXLoraLoaderMixin):
     transformer: Any
     scheduler: Any
 
-    def _register(self, **components: Any) -> None:
-        """Take over the components of a subclass's `__init__`, whose annotations diffusers reads."""
-        self.register_modules(**components)
+    def __init__(
+        self,
+        tokenizer: T5Tokenizer,
+        text_encoder: T5EncoderModel,
+        vae: AutoencoderKLCogVideoX | StockVAE,
+        transformer: CogVideoXTransformer3DModel | StockTransformer,
+        scheduler: SchedulerMixin,
+    ) -> None:
+        super().__init__()
+        self.register_modules(tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer, scheduler=scheduler)
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor_spatial)
         self._guidance_scale = 1.0
         self._attention_kwargs: dict[str, Any] | None = None

@@ -44,15 +44,14 @@ class Condition:
         return latents if self.extra is None else torch.cat([latents, self.extra.to(latents)], dim=2)
 
 
-def noise_condition(request: Request, geometry: Geometry, channels: int, scheduler: Any, latents: Tensor | None, like: Tensor) -> Condition:
+def noise_condition(request: Request, geometry: Geometry, channels: int, scheduler: Any, like: Tensor) -> Condition:
     """The text-to-video condition: noise for the videos of `request`, at the scale that `scheduler` starts from.
 
     Args:
-        request: number, length and size of the videos, and the source of the noise.
+        request: number, length and size of the videos, and the noise, (B, F, C, H, W) with F including the padding frames, or its source.
         geometry: size rules of the model.
         channels: latent channels C.
         scheduler: for its `init_noise_sigma`.
-        latents: noise to use in place of drawing it, (B, F, C, H, W) with F including the padding frames.
         like: a tensor of the dtype and on the device that the latents shall have.
 
     Raises:
@@ -60,7 +59,7 @@ def noise_condition(request: Request, geometry: Geometry, channels: int, schedul
     """
     frames = geometry.latent_frames(request.num_frames)
     padding = geometry.front_padding(frames)
-    shape = (request.count, padding + frames, channels, *geometry.latent_size(request.height, request.width))
+    latents, shape = request.latents, (request.count, padding + frames, channels, *geometry.latent_size(request.height, request.width))
     if latents is None:
         latents = randn_tensor(shape, generator=request.generator, device=like.device, dtype=like.dtype)
     elif tuple(latents.shape) != shape:

@@ -41,6 +41,7 @@ class Request:
     num_videos_per_prompt: int = 1
     eta: float = 0.0
     generator: torch.Generator | list[torch.Generator] | None = None
+    latents: Tensor | None = None
     output_type: str = "pil"
     return_dict: bool = True
     attention_kwargs: dict[str, Any] | None = None

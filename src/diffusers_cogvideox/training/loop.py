@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
@@ -26,6 +27,7 @@ from tqdm.auto import tqdm
 from .config import Optimisation, TrainConfig
 from .objectives import Objective
 from .optimizers import build_optimizers
+from .processes import Share, process_state
 
 __all__ = ["Task", "run"]
 
@@ -40,8 +42,9 @@ class Task(Protocol):
 
     objective: Objective
 
-    def batch(self, step: int) -> dict[str, Any]:
-        """Keyword arguments of the objective for optimiser step `step`; depends on the step and the seed only."""
+    def batch(self, step: int, share: Share) -> dict[str, Any]:
+        """Keyword arguments of the objective for optimiser step `step`: this process's share of a batch that depends on the step and
+        the seed only."""
 
     def metrics(self, batch: Mapping[str, Any], result: Mapping[str, Tensor]) -> dict[str, float]:
         """Extra figures for the log."""
@@ -65,15 +68,16 @@ def run(config: TrainConfig, task: Task, on_checkpoint: Checkpoint | None = None
 
     Raises:
         FloatingPointError: the gradients became infinite or NaN.
-        ValueError: started on several processes, which would all draw the same batches.
+        ValueError: a batch cannot be split evenly over the processes.
     """
     folder = Path(config.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf8")
     training = _Training(config, task, folder)
+    if training.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf8")
     bar = tqdm(total=config.total_steps, initial=training.done, desc=config.task, mininterval=5, disable=not training.is_main)
     try:
-        with bar, _Log(folder / "metrics.jsonl", config.log_every) as log:
+        with bar, _Log(folder / "metrics.jsonl", config.log_every, training.is_main) as log:
             while training.done < config.total_steps:
                 log.add(training.step(), training.done, training.learning_rate)
                 bar.update()
@@ -97,12 +101,13 @@ class _Training:
 
     def __init__(self, config: TrainConfig, task: Task, folder: Path) -> None:
         AcceleratorState._reset_state()  # accelerate allows one precision per process; a process may train several models in turn
-        self.accelerator = Accelerator(mixed_precision=config.mixed_precision)
-        if self.accelerator.num_processes > 1:
-            raise ValueError(
-                f"training on {self.accelerator.num_processes} processes is not possible yet: all would draw the same batches. Start one."
-            )
-        set_seed(config.seed)
+        process_state()
+        # Schedules count optimiser steps; accelerate would advance them once for every process.
+        self.accelerator = Accelerator(mixed_precision=config.mixed_precision, step_scheduler_with_optimizer=False)
+        self.share = Share.current()
+        for stage in config.stages:
+            self.share.of(stage.batch_size)
+        set_seed(config.seed, device_specific=True)  # noise inside an objective differs between processes
         self.task, self.folder, self.options = task, folder, config.optimisation
         self.model = task.objective.model
         task.objective.to(self.accelerator.device)
@@ -139,7 +144,7 @@ class _Training:
 
     def step(self) -> dict[str, float]:
         """One optimiser step; returns its figures."""
-        batch = self.task.batch(self.done)
+        batch = self.task.batch(self.done, self.share)
         result = self.objective(**send_to_device(batch, self.accelerator.device))
         self.accelerator.backward(result["loss"])
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.options.max_grad_norm)
@@ -153,7 +158,8 @@ class _Training:
         self.model.zero_grad()
         self.ema.step(self.model.parameters())
         self.done += 1
-        return {"loss": float(result["loss"].detach()), "grad_norm": float(norm), **self.task.metrics(batch, result)}
+        loss = self.accelerator.reduce(result["loss"].detach(), "mean")
+        return {"loss": float(loss), "grad_norm": float(norm), **self.task.metrics(batch, result)}
 
     @contextmanager
     def averaged(self) -> Iterator[nn.Module]:
@@ -169,12 +175,13 @@ class _Training:
         """Write checkpoint-<step>, under another name first, so that an interrupted write is never taken for a checkpoint."""
         partial, target = self.folder / f"partial-{self.done}", self.folder / f"checkpoint-{self.done}"
         self.accelerator.save_state(str(partial))
-        if not self.is_main:
-            return
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
-        for old in _checkpoints(self.folder)[:-keep]:
-            shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()  # every process writes its random state
+        if self.is_main:
+            shutil.rmtree(target, ignore_errors=True)
+            partial.rename(target)
+            for old in _checkpoints(self.folder)[:-keep]:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -184,10 +191,13 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 class _Log:
-    """metrics.jsonl: one line every few steps with the means since the line before."""
+    """metrics.jsonl: one line every few steps with the means since the line before.
 
-    def __init__(self, path: Path, every: int) -> None:
-        self.file = path.open("a", encoding="utf8")
+    Of several processes only the main one writes: the loss and the gradient norm are of the whole batch, other figures of its share.
+    """
+
+    def __init__(self, path: Path, every: int, is_main: bool) -> None:
+        self.file = path.open("a", encoding="utf8") if is_main else io.StringIO()
         self.every = every
         self.sums: dict[str, list[float]] = {}
         self.state: dict[str, float] = {}

@@ -13,9 +13,12 @@ from .config import Optimisation
 __all__ = ["MatrixMuon", "build_optimizers"]
 
 
-def as_matrix(weight: Tensor) -> Tensor:
-    """(C_out, C_in, ...) -> (C_out, rest); a view of weights stored channels-last, too. The order of columns does not matter here."""
-    return weight.flatten(1) if weight.is_contiguous() else weight.movedim(1, -1).flatten(1)
+def as_matrix(values: Tensor, weight: Tensor) -> Tensor:
+    """A weight (C_out, C_in, ...), or its gradient in any layout, as (C_out, rest) with the columns in the order of the weight's storage.
+
+    Of the weight itself it is a view, also when stored channels-last.
+    """
+    return values.flatten(1) if weight.is_contiguous() else values.movedim(1, -1).flatten(1)
 
 
 class MatrixMuon(torch.optim.Muon):
@@ -26,14 +29,15 @@ class MatrixMuon(torch.optim.Muon):
 
     def __init__(self, weights: Iterable[nn.Parameter], **options: Any) -> None:
         self.weights = list(weights)
-        super().__init__([nn.Parameter(as_matrix(weight.data)) for weight in self.weights], **options)  # views: they share storage
+        super().__init__([nn.Parameter(as_matrix(weight.data, weight)) for weight in self.weights], **options)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One update from the gradients of the weights."""
         matrices = [matrix for group in self.param_groups for matrix in group["params"]]
         for weight, matrix in zip(self.weights, matrices, strict=True):
-            matrix.grad = None if weight.grad is None else as_matrix(weight.grad)
+            matrix.data = as_matrix(weight.data, weight)  # the weight may have moved: DistributedDataParallel gives it new storage
+            matrix.grad = None if weight.grad is None else as_matrix(weight.grad, weight)
         return super().step(closure)
 
 

@@ -29,6 +29,7 @@ from ..data.scenes import BACKGROUNDS, COLORS, MOTIONS, SHAPES
 from ..files import atomic_path
 from .config import TrainConfig, check_keys
 from .objectives import Objective
+from .processes import ALONE, Share, process_state
 
 __all__ = ["TextEncoderTask", "tokenize", "train_tokenizer"]
 
@@ -127,19 +128,22 @@ class TextEncoderTask:
         bias_std = model.pop("relative_bias_std", 2.0)
         check_keys("model", model, {*T5Config().to_dict(), "max_length", "relative_bias_std"})
         config.objective_options()
-        self.tokenizer = train_tokenizer(vocabulary_corpus(), Path(config.output) / "tokenizer", self.length)
+        with process_state().main_process_first():  # the others find the same file, and write it once more
+            self.tokenizer = train_tokenizer(vocabulary_corpus(), Path(config.output) / "tokenizer", self.length)
         torch.manual_seed(config.seed)
         self.encoder = encoder = T5EncoderModel(T5Config(vocab_size=len(self.tokenizer), **model))
         bias = encoder.get_parameter("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight")
         nn.init.normal_(bias, std=bias_std)
         self.objective = _AttributeObjective(encoder.train())
 
-    def batch(self, step: int) -> dict[str, Any]:
-        """{"ids": (B, L), "targets": (B, 7)} of optimiser step `step`."""
+    def batch(self, step: int, share: Share = ALONE) -> dict[str, Any]:
+        """{"ids": (B, L), "targets": (B, 7)}: this share of optimiser step `step`."""
         data, stage = self.config.data, self.config.stage_at(step)
         rng = np.random.default_rng((data.seed, step))
         world = MovingShapes(data.seed, objects=data.objects)
         scenes, prompts = zip(*(world.describe(int(rng.integers(2**31))) for _ in range(stage.batch_size)), strict=True)
+        part = share.of(stage.batch_size)
+        scenes, prompts = scenes[part], prompts[part]
         return {"ids": tokenize(self.tokenizer, prompts, self.length), "targets": scene_targets(scenes, prompts)}
 
     def metrics(self, batch: Mapping[str, Any], result: Mapping[str, Tensor]) -> dict[str, float]:  # noqa: ARG002

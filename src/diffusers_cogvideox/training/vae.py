@@ -16,6 +16,7 @@ from ..models.autoencoder import AutoencoderKLCogVideoX
 from .config import TrainConfig
 from .latents import encode_clips, latent_statistics
 from .objectives import VAEObjective
+from .processes import ALONE, Share
 from .start import start_model
 
 __all__ = ["VAETask"]
@@ -41,16 +42,17 @@ class VAETask:
             use_channels_last(vae)
         self.objective = VAEObjective(vae, **config.objective_options(kl_weight=2e-4))
 
-    def batch(self, step: int) -> dict[str, Any]:
-        """{"video": (B, 3, F, H, W)} of optimiser step `step`."""
+    def batch(self, step: int, share: Share = ALONE) -> dict[str, Any]:
+        """{"video": (B, 3, F, H, W)}: this share of optimiser step `step`."""
         config, stage = self.config, self.config.stage_at(step)
         data = config.data
         world = MovingShapes(data.seed, objects=data.objects, frames=stage.frames, height=data.height, width=data.width)
         # Every step has indices of its own, whatever the batch sizes of the stages.
-        start = step * max(s.batch_size for s in config.stages)
-        videos, _, _ = world.batch(start, stage.batch_size)
+        start, part = step * max(s.batch_size for s in config.stages), share.of(stage.batch_size)
+        videos, _, _ = world.batch(start + part.start, part.stop - part.start)
         if stage.crop is not None:
-            videos = _random_crops(videos, stage.crop, np.random.default_rng((data.seed, step)))
+            corners = np.random.default_rng((data.seed, step)).random((stage.batch_size, 2))
+            videos = _crops(videos, stage.crop, corners[part])
         video = torch.from_numpy(np.ascontiguousarray(videos)).movedim(-1, 1)
         return {"video": video.to(memory_format=torch.channels_last_3d) if config.channels_last else video.contiguous()}
 
@@ -69,8 +71,7 @@ class VAETask:
         return parts | {"psnr": float(10 * torch.log10(4 / result["mse"].detach()))}
 
 
-def _random_crops(videos: np.ndarray, side: int, rng: np.random.Generator) -> np.ndarray:
-    """A random square of `side` pixels from every clip: (B, F, H, W, 3) -> (B, F, side, side, 3)."""
-    height, width = videos.shape[2:4]
-    tops, lefts = rng.integers(0, height - side + 1, len(videos)), rng.integers(0, width - side + 1, len(videos))
-    return np.stack([v[:, t : t + side, x : x + side] for v, t, x in zip(videos, tops, lefts, strict=True)])
+def _crops(videos: np.ndarray, side: int, corners: np.ndarray) -> np.ndarray:
+    """A square of `side` pixels from every clip, its corner at the share (B, 2) of the room: (B, F, H, W, 3) -> (B, F, side, side, 3)."""
+    places = (corners * (np.array(videos.shape[2:4]) - side + 1)).astype(int)
+    return np.stack([video[:, y : y + side, x : x + side] for video, (y, x) in zip(videos, places, strict=True)])
