@@ -13,10 +13,19 @@ from diffusers import (
     CogVideoXDPMScheduler as StockDPMScheduler,
 )
 from diffusers import (
+    CogVideoXFunControlPipeline as StockFunControlPipeline,
+)
+from diffusers import (
+    CogVideoXImageToVideoPipeline as StockImageToVideoPipeline,
+)
+from diffusers import (
     CogVideoXPipeline as StockPipeline,
 )
 from diffusers import (
     CogVideoXTransformer3DModel as StockTransformer,
+)
+from diffusers import (
+    CogVideoXVideoToVideoPipeline as StockVideoToVideoPipeline,
 )
 from torch import nn
 
@@ -25,9 +34,13 @@ __all__ = [
     "TINY_VAE",
     "StockDDIMScheduler",
     "StockDPMScheduler",
+    "StockFunControlPipeline",
+    "StockImageToVideoPipeline",
     "StockPipeline",
     "StockTransformer",
     "StockVAE",
+    "StockVideoToVideoPipeline",
+    "narrow",
     "randomize",
     "twins",
 ]
@@ -67,6 +80,8 @@ TINY_TRANSFORMERS: dict[str, dict[str, Any]] = {
     "1.5-5b-i2v": _V15 | {"in_channels": 8, "ofs_embed_dim": 32},
     "fun-inp": _ROPE | {"in_channels": 9},
     "fun-control": _ROPE | {"in_channels": 8},
+    "fun-1.5-inp": _V15 | {"in_channels": 9},
+    "fun-1.5-control": _V15 | {"in_channels": 8},
 }
 
 
@@ -82,6 +97,11 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
             else:
                 parameter.copy_(0.1 * noise + (1.0 if name.endswith("weight") else 0.0))
     return model
+
+
+def narrow(vae: Any) -> nn.Module:
+    """A VAE like `vae` with so few channels that videos of full size take seconds, and random weights."""
+    return randomize(type(vae).from_config(vae.config, block_out_channels=(2, 2, 2, 2), norm_num_groups=1)).eval()
 
 
 def twins(ours: type[nn.Module], stock: type[nn.Module], config: dict[str, Any]) -> tuple[nn.Module, nn.Module]:

@@ -22,7 +22,11 @@ from tiny_pipeline import save_stock_folder
 SAMPLING = {"--steps", "--guidance-scale", "--sampler", "--dtype", "--device", "--seed", "--overwrite", "--no-overwrite"}
 # An option cannot appear, disappear or change its name by accident.
 OPTIONS = {
-    "generate": {"prompt", "--model", "--output", "--negative-prompt", "--num-videos", "--size", "--frames", "--fps"} | SAMPLING,
+    "generate": {"prompt", "--model", "--output", "--negative-prompt", "--num-videos", "--size", "--frames", "--fps"}
+    | {"--lora", "--lora-alpha"}
+    | {"--image", "--last-image", "--video", "--strength", "--mask", "--control", "--extend", "--fit"}
+    | {"--checkpoint-every", "--preview", "--no-preview"}
+    | SAMPLING,
     "info": {"model", "--json", "--no-json"},
     "evaluate": {"what", "model", "--output", "--prompts", "--untrained-prompts", "--batch-size", "--baselines", "--no-baselines"}
     | SAMPLING,
@@ -108,6 +112,15 @@ def test_help_of_the_command_lists_every_verb(capsys):
     assert all(f"{name} " in shown and verb.summary in shown for name, verb in cli.VERBS.items())
 
 
+def test_help_of_generate_is_in_groups(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["generate", "--help"])
+    shown = capsys.readouterr().out
+    places = [shown.index(text) for text in ("\n  --model", "\nhow to sample:", "\n  --steps", "\nwhat to start from:", "\n  --image")]
+    assert places == sorted(places)
+    assert len(shown.splitlines()) < 120
+
+
 def test_help_of_train(capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main(["train", "--help"])
@@ -148,7 +161,8 @@ def test_defaults(handed):
 
 def test_every_flag_arrives(handed):
     flags = "--model m --output o --seed 3 --steps 7 --guidance-scale 2.5 --size 64x96 --frames 9 --fps 16 --dtype bfloat16"
-    flags += " --device cpu --negative-prompt blue --num-videos 2 --sampler dpm --overwrite"
+    flags += " --device cpu --negative-prompt blue --num-videos 2 --sampler dpm --overwrite --preview --checkpoint-every 5"
+    flags += " --image i --last-image j --fit contain --lora a --lora b:0.5 --lora-alpha 64"
     assert cli.main(["generate", "12", *flags.split()]) == 0
     expected = GenerateOptions(
         "12",
@@ -166,8 +180,24 @@ def test_every_flag_arrives(handed):
         num_videos=2,
         sampler="dpm",
         overwrite=True,
+        preview=True,
+        checkpoint_every=5,
+        image="i",
+        last_image="j",
+        fit="contain",
+        lora=("a", "b:0.5"),
+        lora_alpha=64.0,
     )
     assert handed == [expected]
+
+
+@pytest.mark.parametrize("flags", ["--video v --strength 0.5", "--video v --mask m", "--control c --frames 5", "--extend e --frames 5"])
+def test_other_sources_arrive(flags, handed):
+    assert cli.main(["generate", "x", *flags.split()]) == 0
+    words = flags.replace("--", "").split()
+    numbers = {"strength": float, "frames": int}
+    expected = {name: numbers.get(name, str)(value) for name, value in zip(words[::2], words[1::2], strict=True)}
+    assert handed == [GenerateOptions("x", **expected)]
 
 
 def test_booleans_can_be_turned_off(handed):
@@ -190,7 +220,7 @@ def test_train_runs_the_task(config, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(curves, "plot_curves", lambda _, path: path)
     monkeypatch.setattr(vae, "VAETask", lambda config: ("task", config))
-    monkeypatch.setattr(loop, "run", lambda config, task: Path(config.output) / ("final" if task == ("task", config) else "wrong"))
+    monkeypatch.setattr(loop, "run", lambda config, task, _: Path(config.output) / ("final" if task == ("task", config) else "wrong"))
     assert cli.main(["train", str(config)]) == 0
     captured = capsys.readouterr()
     assert captured.out == "the trained model is in run/final\nthe curves are in run/curves.png\n"
@@ -229,6 +259,21 @@ def test_info_of_a_folder(folder, capsys):
         ("generate x --guidance-scale nan", "--guidance-scale nan is not possible"),
         ("generate x --seed -1", "--seed -1 is not possible"),
         ("generate x --num-videos 0", "--num-videos 0 is not possible"),
+        ("generate x --image a --video b", "--image and --video cannot be combined: start from"),
+        ("generate x --image a --extend b", "--image and --extend cannot be combined"),
+        ("generate x --last-image a --control b", "--last-image and --control cannot be combined"),
+        ("generate x --mask a", "--mask says which part of a video to make anew: add --video"),
+        ("generate x --image b --mask a", "--image and --mask cannot be combined"),
+        ("generate x --strength 0.5", "--strength 0.5 has an effect only with --video"),
+        ("generate x --image a --strength 0.5", "--strength 0.5 has an effect only with --video"),
+        ("generate x --video a --mask b --strength 0.5", "--strength 0.5 has an effect only with --video, and without --mask"),
+        ("generate x --video a --strength 0", "--strength 0.0 is not possible: it must be above 0"),
+        ("generate x --video a --strength 1.5", "--strength 1.5 is not possible"),
+        ("generate x --video a --frames 9", "--frames 9 has no effect with --video"),
+        ("generate x --fit cover", "--fit cover has no effect without a picture or a video"),
+        ("generate x --image a --fit crop", "--fit crop is not possible: expected one of 'cover', 'contain', 'stretch'"),
+        ("generate x --lora-alpha 4", "--lora-alpha 4.0 has no effect without --lora"),
+        ("generate x --checkpoint-every 0", "--checkpoint-every 0 is not possible: it must be at least 1"),
         ("evaluate quality", "expected one of 'shapes'"),
         ("evaluate shapes --batch-size 0", "--batch-size 0 is not possible"),
         ("evaluate shapes --no-baselines --untrained-prompts 9", "--untrained-prompts has no effect with --no-baselines"),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffusers_cogvideox.geometry import DECODE_CHUNK, ENCODE_CHUNK, Geometry, chunk_spans
+from diffusers_cogvideox.geometry import DECODE_CHUNK, ENCODE_CHUNK, MAX_FRAMES, MAX_SIDE, Geometry, chunk_spans
 from diffusers_cogvideox.presets import PRESETS
 from parity import TINY_VAE, StockVAE
 
@@ -97,6 +97,44 @@ def test_legal_frame_counts_are_exactly_those_that_come_back(geometry):
                 geometry.check_frames(frames)
 
 
+@pytest.mark.parametrize("geometry", [V1, V15, Geometry(temporal_ratio=8)])
+def test_padded_frames_are_the_next_legal_ones(geometry):
+    legal = [n for n in range(1, 200) if geometry.decoded_frames(geometry.latent_frames(n)) == n and geometry.latent_frames(n) % 2]
+    for frames in range(1, legal[-1] + 1):
+        assert geometry.padded_frames(frames) == min(n for n in legal if n >= frames)
+
+
+@pytest.mark.parametrize("geometry", [V1, V15, Geometry(spatial_ratio=4, patch_size=1)])
+def test_the_asked_size_lies_in_the_middle_of_the_padded_one(geometry):
+    m = geometry.pixel_multiple
+    for height in range(m, 5 * m):
+        width = 6 * m - height
+        padded = geometry.padded_size(height, width)
+        for asked, whole, before in zip((height, width), padded, geometry.margins(height, width), strict=True):
+            after = whole - asked - before
+            assert whole % m == 0 and 0 <= whole - asked < m
+            assert 0 <= after - before <= 1
+
+
+def test_latents_of_a_padded_video():
+    assert V1.latent_shape(49, 480, 720) == (13, 60, 90)
+    assert V1.latent_shape(42, 470, 705) == (13, 60, 90)
+    assert V15.latent_shape(81, 768, 1360) == (21, 96, 170)
+
+
+def test_padding_at_the_end_makes_whole_patches():
+    """CogVideoX-Fun 1.5 was trained on 85 frames, 22 latent frames; 1.0 on 49."""
+    assert [V15.patched_frames(n) for n in (1, 9, 10, 80, 81)] == [5, 13, 21, 85, 85]
+    assert [V1.patched_frames(n) for n in (1, 9, 10, 48, 49)] == [1, 9, 17, 49, 49]
+
+
+@pytest.mark.parametrize("geometry", [V1, V15])
+def test_the_length_of_a_video_is_found_in_its_padded_latents(geometry):
+    for frames in range(1, 100, geometry.frame_step):
+        latent_frames = geometry.latent_frames(frames)
+        assert geometry.unpadded_frames(latent_frames + geometry.front_padding(latent_frames)) == frames
+
+
 def test_front_padding_makes_whole_patches():
     for latent_frames in range(1, 50):
         for p_t in (1, 2, 3):
@@ -136,6 +174,20 @@ def test_nearest_legal_frame_counts_are_named(frames, nearest):
 def test_nearest_legal_size_is_named(size, nearest):
     with pytest.raises(ValueError, match=rf"must be positive multiples of 16\. Nearest legal size: {nearest}\."):
         V1.check_size(*size)
+
+
+@pytest.mark.parametrize(("frames", "nearest"), [(0, 1), (-3, 1), (MAX_FRAMES + 1, MAX_FRAMES)])
+def test_absurd_frame_counts_cannot_be_padded(frames, nearest):
+    with pytest.raises(ValueError, match=rf"num_frames={frames} is not possible.*Nearest legal: {nearest}\."):
+        V1.padded_frames(frames)
+    assert V1.check_frames(nearest) == V1.padded_frames(nearest) == nearest
+
+
+@pytest.mark.parametrize(("size", "nearest"), [((15, 48), (16, 48)), ((0, -5), (16, 16)), ((32, MAX_SIDE + 16), (32, MAX_SIDE))])
+def test_absurd_sizes_cannot_be_padded(size, nearest):
+    with pytest.raises(ValueError, match=rf"{size[0]}x{size[1]} .*Nearest legal size: {nearest[0]}x{nearest[1]}\."):
+        V1.padded_size(*size)
+    assert V1.check_size(*nearest) == V1.padded_size(*nearest) == nearest
 
 
 def test_latents_that_no_patch_divides_are_refused():

@@ -32,7 +32,7 @@ FORBIDDEN = {("training", "pipelines")}  # a validation callback is handed in
 
 MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS, RUN = 400, 60, 10, 6
 # Signatures that diffusers prescribes: constructors carry every config key, calls every option of a pipeline.
-MANDATED = {"__init__", "__call__", "forward", "step", "encode_prompt"}
+MANDATED = {"__init__", "__call__", "forward", "step", "encode_prompt", "shared_arguments"}
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
@@ -40,16 +40,23 @@ FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 PUBLIC_NAMES = [
     "PRESETS",
     "AutoencoderKLCogVideoX",
+    "CogVideoXContinuationPipeline",
     "CogVideoXDDIMScheduler",
     "CogVideoXDPMScheduler",
+    "CogVideoXFunControlPipeline",
+    "CogVideoXFunInpaintPipeline",
+    "CogVideoXImageToVideoPipeline",
     "CogVideoXPipeline",
     "CogVideoXPipelineOutput",
     "CogVideoXScheduler",
     "CogVideoXTransformer3DModel",
+    "CogVideoXVideoToVideoPipeline",
+    "ContextWindows",
     "DiffusionPipeline",
     "Geometry",
     "ModelMixin",
     "SchedulerMixin",
+    "SkipLayers",
     "community_pipeline",
     "match_preset",
     "register",

@@ -61,6 +61,26 @@ def test_each_row_is_recognised_from_its_own_config(name):
     assert match_preset(full) is PRESETS[name]
 
 
+def test_text_lengths():
+    """1.5 was trained with 224 tokens, all others with 226; VideoX-Fun kept 226 for its models of both generations."""
+    assert {name for name in NAMES if PRESETS[name].max_sequence_length != 226} == {"1.5-5b", "1.5-5b-i2v"}
+    assert PRESETS["1.5-5b"].max_sequence_length == PRESETS["1.5-5b-i2v"].max_sequence_length == 224
+
+
+def test_fun_1_5_is_trained_on_22_latent_frames():
+    """85 frames at 8 per second in VideoX-Fun's model list; its default here is the longest video that these latents hold."""
+    row = PRESETS["fun-1.5-5b-inp"]
+    geometry = Geometry.from_configs(row.vae, row.transformer)
+    assert (geometry.patched_frames(row.num_frames), geometry.latent_frames(85), row.fps) == (85, 22, 8)
+
+
+def test_fun_pipelines_fit_their_channels():
+    for name in NAMES:
+        channels = PRESETS[name].transformer["in_channels"]
+        assert ("Inpaint" in PRESETS[name].pipeline) == (channels == 33)
+        assert ("Control" in PRESETS[name].pipeline) <= (channels == 32)
+
+
 def test_both_published_table_sizes_of_1_5_are_recognised():
     config = PRESETS["1.5-5b"].transformer | {"sample_height": 96, "sample_width": 170}
     assert match_preset(config) is PRESETS["1.5-5b"]

@@ -9,6 +9,8 @@ import pytest
 
 import diffusers_cogvideox
 from diffusers_cogvideox import cli, demo
+from diffusers_cogvideox.options import GenerateOptions
+from diffusers_cogvideox.pipelines.batch import read_items
 from tiny_pipeline import save_stock_folder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,6 +51,13 @@ def test_commands_parse(line, monkeypatch):
     monkeypatch.chdir(ROOT)
     _, verb, *arguments = shlex.split(line)
     assert isinstance(cli._parse(verb, arguments), cli.VERBS[verb].options)
+
+
+def test_batches_are_understood(tmp_path):
+    for number, code in enumerate(code for language, code in BLOCKS if language == "json"):
+        (tmp_path / f"{number}.jsonl").write_text(code)
+        assert len(read_items(GenerateOptions(str(tmp_path / f"{number}.jsonl")))) == len(code.splitlines())
+    assert (tmp_path / "0.jsonl").exists()
 
 
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/differences.md"])

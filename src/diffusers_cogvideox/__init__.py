@@ -10,23 +10,41 @@ from .geometry import Geometry
 from .host import register, registered, unregister
 from .models.autoencoder import AutoencoderKLCogVideoX
 from .models.transformer import CogVideoXTransformer3DModel
-from .pipelines import CogVideoXPipeline, CogVideoXPipelineOutput, shifted_config
+from .pipelines import (
+    CogVideoXContinuationPipeline,
+    CogVideoXFunControlPipeline,
+    CogVideoXFunInpaintPipeline,
+    CogVideoXImageToVideoPipeline,
+    CogVideoXPipeline,
+    CogVideoXPipelineOutput,
+    CogVideoXVideoToVideoPipeline,
+    ContextWindows,
+    SkipLayers,
+    shifted_config,
+)
 from .presets import PRESETS, match_preset
 from .schedulers.scheduler import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXScheduler
 
 __all__ = [
     "PRESETS",
     "AutoencoderKLCogVideoX",
+    "CogVideoXContinuationPipeline",
     "CogVideoXDDIMScheduler",
     "CogVideoXDPMScheduler",
+    "CogVideoXFunControlPipeline",
+    "CogVideoXFunInpaintPipeline",
+    "CogVideoXImageToVideoPipeline",
     "CogVideoXPipeline",
     "CogVideoXPipelineOutput",
     "CogVideoXScheduler",
     "CogVideoXTransformer3DModel",
+    "CogVideoXVideoToVideoPipeline",
+    "ContextWindows",
     "DiffusionPipeline",
     "Geometry",
     "ModelMixin",
     "SchedulerMixin",
+    "SkipLayers",
     "community_pipeline",
     "match_preset",
     "register",

@@ -1,4 +1,4 @@
-"""The command `cogvideox <verb>`: reads options, runs the verb, prints what it returns; mistakes become one line and exit status 2.
+"""The command `cogvideox <verb>`: reads options, runs the verb, prints what it returns; mistakes become a line each and exit status 2.
 
 This module needs no library of models itself; what a verb needs is imported when it runs.
 """
@@ -9,11 +9,14 @@ import argparse
 import importlib
 import importlib.metadata
 import inspect
+import logging
+import os
 import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import UnionType
@@ -21,7 +24,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
-from .options import EvaluateOptions, GenerateOptions, InfoOptions
+from .options import EvaluateOptions, GenerateOptions, InfoOptions, MistakesError
 from .training.config import TrainConfig
 
 __all__ = ["VERBS", "Verb", "main", "parser_for"]
@@ -58,8 +61,20 @@ def _train(config: TrainConfig) -> str:
 
     sys.stderr.write(f"training the {config.task} in {config.output}: checkpoints, metrics.jsonl, config.json; Ctrl-C stops and saves\n")
     module = importlib.import_module(f".training.{config.task}", __package__)
-    final = run(config, getattr(module, _TASKS[config.task])(config))
+    final = run(config, getattr(module, _TASKS[config.task])(config), _evaluation(config))
+    if os.environ.get("RANK", "0") != "0":  # one of several processes; the first one finishes the work
+        return ""
     return "\n".join([f"the trained model is in {final}", *_assembled(config, final), _curves(final.parent)])
+
+
+def _evaluation(config: TrainConfig) -> Callable[[int, Any], None] | None:
+    """What measures a transformer at its checkpoints, if that is asked for."""
+    if not config.evaluate_prompts or config.vae is None or config.text_encoder is None:
+        return None
+    from .evaluation.while_training import evaluate_checkpoints
+
+    parts = {"vae": config.vae, "text_encoder": config.text_encoder, "scheduler": config.scheduler}
+    return evaluate_checkpoints(config.output, prompts=config.evaluate_prompts, **parts)
 
 
 def _assembled(config: TrainConfig, final: Path) -> list[str]:
@@ -111,7 +126,7 @@ class _HelpFormatter(DefaultHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = " ".join((action.help or "").split())
-        silent = isinstance(action.default, bool) or action.default in (None, argparse.SUPPRESS) or "(default:" in text
+        silent = isinstance(action.default, bool) or action.default in (None, argparse.SUPPRESS, []) or "(default:" in text
         return text if silent else f"{text} (default: %(default)s)"
 
 
@@ -120,19 +135,39 @@ class _Parser(ArgumentParser):
 
     verb: Verb | None = None  # jsonargparse makes parsers of nested dataclasses too, which have none
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._groups_of_owners: dict[type, Any] = {}
+        super().__init__(*args, **kwargs)
+
     def add_argument(self, *names: str, **options: Any) -> Any:
         """Add what jsonargparse derives from a field, in the spelling of the command line."""
         verb = getattr(self, "verb", None)  # jsonargparse lends this method to its groups of nested options
         if options.get("type") is bool:
             options.pop("type")
             options["action"] = ActionYesNo(no_prefix="no-")
+        owner = verb and _owner(verb, names[0])
         if verb is not None:
             names, options = _spelled(verb, names, options)
-        return super().add_argument(*names, **options)
+        if owner is None:
+            return super().add_argument(*names, **options)
+        return self._group_of(owner).add_argument(*names, **options)
+
+    def _group_of(self, owner: type) -> Any:
+        """The group of the help that is named after the first sentence of a base class of the options."""
+        if owner not in self._groups_of_owners:
+            title, _, rest = (inspect.getdoc(owner) or "").partition(". ")
+            self._groups_of_owners[owner] = self.add_argument_group(title.lower(), rest)
+        return self._groups_of_owners[owner]
 
     def error(self, message: str, ex: Exception | None = None) -> Any:  # noqa: ARG002 - the signature is jsonargparse's
         """Print one line and exit with status 2."""
         self.exit(2, f"{self.prog}: error: {_in_one_line(message)}\n")
+
+
+def _owner(verb: Verb, name: str) -> type | None:
+    """The base class that an option comes from; None for the verb's own."""
+    field = name.removeprefix("--")
+    return next((base for base in verb.options.__mro__[1:] if field in vars(base).get("__annotations__", {})), None)
 
 
 def _spelled(verb: Verb, names: tuple[str, ...], options: dict[str, Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
@@ -140,6 +175,8 @@ def _spelled(verb: Verb, names: tuple[str, ...], options: dict[str, Any]) -> tup
     field = names[0].removeprefix("--")
     if choices := _choices(get_type_hints(verb.options).get(field)):
         options["metavar"] = f"{{{','.join(choices)}}}"
+    if options.get("default") == ():  # can be given several times
+        options |= {"action": "append", "default": [], "metavar": field.upper()}
     if field in verb.optional_positionals:
         names, options["nargs"] = (field,), "?"
     if not names[0].startswith("-"):
@@ -191,7 +228,9 @@ def _parse(name: str, arguments: Sequence[str]) -> Any:
     if verb.reads_file and arguments and not arguments[0].startswith("-"):
         arguments = ["--config", *arguments]
     found = parser.instantiate(parser.parse_args(arguments))
-    return verb.options(**{field.name: found[field.name] for field in fields(verb.options)})
+    given = {field.name: found[field.name] for field in fields(verb.options)}
+    several = {field.name: tuple(given[field.name]) for field in fields(verb.options) if field.default == ()}
+    return verb.options(**given | several)
 
 
 # --- the command --------------------------------------------------------------------------------------------------------
@@ -222,17 +261,35 @@ def _stop_like_ctrl_c() -> None:
             signal.signal(name, signal.default_int_handler)
 
 
+@contextmanager
+def _shown_log(verb: str) -> Iterator[None]:
+    """Show on stderr what this package logs while the block runs: what becomes of pictures, where a run goes on, warnings."""
+    handler, logger = logging.StreamHandler(sys.stderr), logging.getLogger(__package__)
+    handler.setFormatter(logging.Formatter(f"cogvideox {verb}: %(message)s"))
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line, by default that of the process. Returns the exit status: 0, 2 after a mistake, 130 after Ctrl-C."""
     given = _top_parser().parse_args(arguments)
     _stop_like_ctrl_c()
     try:
-        text = VERBS[given.verb].run(_parse(given.verb, given.arguments))
+        options = _parse(given.verb, given.arguments)
+        with _shown_log(given.verb):
+            text = VERBS[given.verb].run(options)
     except KeyboardInterrupt:
         sys.stderr.write(f"\ncogvideox {given.verb}: stopped\n")
         return 130
     except (ValueError, OSError, FloatingPointError) as error:
-        sys.stderr.write(f"cogvideox {given.verb}: error: {' '.join(str(error).split())}\n")
+        lines = error.lines if isinstance(error, MistakesError) else [str(error)]
+        sys.stderr.write(f"cogvideox {given.verb}: error: " + "\n  ".join(" ".join(line.split()) for line in lines) + "\n")
         return 2
     sys.stdout.write(f"{text}\n")
     return 0

@@ -1,7 +1,7 @@
 """The only module that touches diffusers' private tables: what importing adds, and what `register` puts in place and takes back.
 
 Importing adds and never replaces: the package's name as a library of loadable classes, hook metadata of our own block and
-attention processor, and `diffusers.CogVideoXScheduler` while diffusers has no class of that name. `register` goes further:
+attention processor, and on the diffusers module the classes of `ADDED` whose names are free. `register` goes further:
 it puts our models and pipelines in the place of diffusers' under their common names, so that code which knows nothing of
 this package loads them, and lets pipelines that diffusers has built around them be saved under diffusers' names. Schedulers
 stay diffusers' own there, because pipelines of other models test `isinstance` on them.
@@ -27,14 +27,31 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from .models.attention import CogVideoXAttnProcessor
 from .models.autoencoder import AutoencoderKLCogVideoX
 from .models.transformer import CogVideoXBlock, CogVideoXTransformer3DModel
+from .pipelines.fun_control import CogVideoXFunControlPipeline
+from .pipelines.fun_inpaint import CogVideoXFunInpaintPipeline
+from .pipelines.image_to_video import CogVideoXImageToVideoPipeline
 from .pipelines.pipeline import CogVideoXPipeline
 from .pipelines.portability import portable
+from .pipelines.video_to_video import CogVideoXVideoToVideoPipeline
 from .schedulers.scheduler import CogVideoXScheduler
 
-__all__ = ["REPLACED", "extend", "register", "registered", "unregister"]
+__all__ = ["ADDED", "REPLACED", "extend", "register", "registered", "unregister"]
 
-REPLACED: dict[str, type] = {cls.__name__: cls for cls in (AutoencoderKLCogVideoX, CogVideoXTransformer3DModel, CogVideoXPipeline)}
+REPLACED: dict[str, type] = {
+    cls.__name__: cls
+    for cls in (
+        AutoencoderKLCogVideoX,
+        CogVideoXTransformer3DModel,
+        CogVideoXPipeline,
+        CogVideoXImageToVideoPipeline,
+        CogVideoXVideoToVideoPipeline,
+        CogVideoXFunControlPipeline,
+    )
+}
 """What `register` puts on the diffusers module, by name."""
+
+ADDED: tuple[type, ...] = (CogVideoXScheduler, CogVideoXFunInpaintPipeline)
+"""What importing puts there, so that diffusers loads folders that name it: classes that diffusers lacks."""
 
 
 def _record_portably(pipeline: DiffusionPipeline, /, **entries: Any) -> None:
@@ -59,8 +76,9 @@ def extend() -> None:
         CogVideoXBlock, TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=1)
     )
     AttentionProcessorRegistry.register(CogVideoXAttnProcessor, AttentionProcessorMetadata(skip_processor_output_fn=_skip_attention))
-    if not hasattr(diffusers, CogVideoXScheduler.__name__):
-        setattr(diffusers, CogVideoXScheduler.__name__, CogVideoXScheduler)
+    for cls in ADDED:
+        if not hasattr(diffusers, cls.__name__):
+            setattr(diffusers, cls.__name__, cls)
 
 
 def _skip_attention(_attention: Any, *_: Any, **inputs: Any) -> tuple[Any, Any]:

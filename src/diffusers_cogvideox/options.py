@@ -6,16 +6,55 @@ The text under a field is its help. Rules that need no model are checked here; t
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
-__all__ = ["DEMO", "EvaluateOptions", "GenerateOptions", "InfoOptions", "Precision", "Sampler", "SamplingOptions", "parse_size"]
+__all__ = [
+    "COMBINATIONS",
+    "DEMO",
+    "FILES",
+    "EvaluateOptions",
+    "Fit",
+    "GenerateOptions",
+    "InfoOptions",
+    "InputOptions",
+    "MistakesError",
+    "Precision",
+    "Sampler",
+    "SamplingOptions",
+    "parse_size",
+]
 
 DEMO = "demo"
 """The name under which every verb knows the shipped model."""
 
 Sampler = Literal["ddim", "dpm"]
 Precision = Literal["float32", "bfloat16", "float16"]
+Fit = Literal["cover", "contain", "stretch"]
+
+FILES = ("image", "last_image", "video", "mask", "control", "extend")
+"""Options that name a picture or a video to start from."""
+
+COMBINATIONS = (
+    (),
+    ("image",),
+    ("last_image",),
+    ("image", "last_image"),
+    ("video",),
+    ("video", "mask"),
+    ("control",),
+    ("extend",),
+)
+"""The sets of FILES that mean something together."""
+
+
+class MistakesError(ValueError):
+    """Several mistakes that are reported at once: what they are in, and one line for each."""
+
+    def __init__(self, title: str, lines: Iterable[str]) -> None:
+        self.lines = [title, *lines]
+        super().__init__("\n  ".join(self.lines))
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -30,11 +69,16 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def _flags(names: Iterable[str]) -> str:
+    """Options as they are written: "--image and --last-image"."""
+    return " and ".join(f"--{name.replace('_', '-')}" for name in names)
+
+
 def _at_least(minimum: int, **values: float | None) -> None:
     """Raise ValueError for a value below `minimum`; None means "not given"."""
     for name, value in values.items():
         if value is not None and not value >= minimum:
-            raise ValueError(f"--{name.replace('_', '-')} {value} is not possible: it must be at least {minimum}.")
+            raise ValueError(f"{_flags([name])} {value} is not possible: it must be at least {minimum}.")
 
 
 @dataclass(frozen=True)
@@ -63,19 +107,70 @@ class SamplingOptions:
 
 
 @dataclass(frozen=True)
-class GenerateOptions(SamplingOptions):
-    """Make videos of what a prompt says.
+class InputOptions:
+    """What to start from. Each model takes what it was trained for."""
+
+    _: KW_ONLY
+    image: str | None = None
+    """Picture to begin with (image-to-video and Fun InP models)."""
+    last_image: str | None = None
+    """Picture to end with (Fun InP models); with --image, what lies between is made."""
+    video: str | None = None
+    """Video to remake as the prompt says (text-to-video models), or to fill in where --mask is white (Fun InP models)."""
+    strength: float | None = None
+    """How far to move away from --video, 0 to 1 (default: 0.8)."""
+    mask: str | None = None
+    """Video or picture, white where --video is to be made anew."""
+    control: str | None = None
+    """Video of edges, depth or poses to follow (Fun Control models)."""
+    extend: str | None = None
+    """Video to go on with, by --frames new frames (text-to-video and image-to-video models)."""
+    fit: Fit | None = None
+    """How pictures of another shape are made to fit: cover crops them, contain adds black bars, stretch distorts them (default: cover)."""
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names of the FILES that are given."""
+        return tuple(name for name in FILES if getattr(self, name) is not None)
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for files that exclude each other, and for settings that have nothing to act on."""
+        if self.files == ("mask",):
+            raise ValueError("--mask says which part of a video to make anew: add --video.")
+        if self.files not in COMBINATIONS:
+            raise ValueError(
+                f"{_flags(self.files)} cannot be combined: start from --image, --last-image or both, from --video with or without --mask, "
+                "from --control, or from --extend."
+            )
+        if self.strength is not None and self.files != ("video",):
+            raise ValueError(f"--strength {self.strength} has an effect only with --video, and without --mask.")
+        if self.strength is not None and not 0 < self.strength <= 1:
+            raise ValueError(
+                f"--strength {self.strength} is not possible: it must be above 0 (nothing changes) and at most 1 (all is new)."
+            )
+        if self.fit is not None and not self.files:
+            raise ValueError(f"--fit {self.fit} has no effect without a picture or a video to start from.")
+
+
+@dataclass(frozen=True)
+class GenerateOptions(InputOptions, SamplingOptions):
+    """Make videos of what a prompt says, from words alone or from a picture or a video.
 
     Beside each video stand a PNG with frames of it, and a JSON file with everything that is needed to make it again:
-    `cogvideox generate VIDEO.json`.
+    `cogvideox generate VIDEO.json`. Videos that the same command made before are not made again.
     """
 
     prompt: str
-    """What to show. Or a file: PROMPTS.txt with one prompt per line, or the VIDEO.json of an earlier run, to make that video again."""
+    """What to show. Or a file: PROMPTS.txt with one prompt per line; BATCH.jsonl with one JSON object per line, whose keys are prompt
+    and the names of options (num_videos, size, ...); or the VIDEO.json of an earlier run, to make that video again."""
     _: KW_ONLY
     model: str = DEMO
     """Pipeline folder, repository on the Hugging Face hub (such as zai-org/CogVideoX-2b), or "demo" for the small model that
     comes with the package."""
+    lora: tuple[str, ...] = ()
+    """LoRA file, with its strength behind a colon where that is not 1: style.safetensors:0.7. Can be given several times."""
+    lora_alpha: float | None = None
+    """Alpha of LoRA files that do not name it (default: their rank, with a warning)."""
     output: str | None = None
     """File (.mp4), or folder for files named after prompt and seed (default: the folder outputs)."""
     negative_prompt: str | None = None
@@ -83,26 +178,38 @@ class GenerateOptions(SamplingOptions):
     num_videos: int = 1
     """Videos per prompt, with the seeds SEED, SEED + 1, ..."""
     size: str | None = None
-    """Height x width in pixels, multiples of 16, such as 480x720 (default: what the checkpoint was trained for)."""
+    """Height x width in pixels, such as 480x720 (default: what the checkpoint was trained for)."""
     frames: int | None = None
-    """Number of frames, 8k + 1, such as 17 or 49 (default: what the checkpoint was trained for)."""
+    """Number of frames (default: what the checkpoint was trained for, or as many as --video or --control has)."""
     fps: int | None = None
-    """Frames per second of the file (default: what the checkpoint was trained for)."""
+    """Frames per second of the file (default: what the checkpoint was trained for, or that of the video to start from)."""
+    checkpoint_every: int | None = None
+    """Save the state of the video every so many steps: after an interruption, the same command goes on from there, to the same video."""
+    preview: bool = False
+    """Show the video in the making in VIDEO.preview.png, ten times on the way: its latents, mapped linearly to colours."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        _at_least(1, num_videos=self.num_videos, fps=self.fps, frames=self.frames)
+        SamplingOptions.__post_init__(self)
+        InputOptions.__post_init__(self)
+        _at_least(1, num_videos=self.num_videos, fps=self.fps, frames=self.frames, checkpoint_every=self.checkpoint_every)
         if self.size is not None:
             parse_size(self.size)
+        if self.frames is not None and self.files == ("video",):
+            raise ValueError(f"--frames {self.frames} has no effect with --video: the result has as many frames as the video.")
+        if self.lora_alpha is not None and not self.lora:
+            raise ValueError(f"--lora-alpha {self.lora_alpha} has no effect without --lora.")
 
 
 @dataclass(frozen=True)
 class InfoOptions:
-    """Tell what a checkpoint is: variant, sizes, parameters, precision, sampler. Weights are not loaded."""
+    """Tell what a checkpoint is: variant, sizes, parameters, precision, sampler. Weights are not loaded.
+
+    Of a LoRA file: layout, rank, alpha, layers that it adapts, precision, and the models that it fits.
+    """
 
     model: str = DEMO
-    """Pipeline folder, folder of a single transformer or vae, repository on the Hugging Face hub, or "demo" for the small model
-    that comes with the package."""
+    """Pipeline folder, folder of a single transformer or vae, repository on the Hugging Face hub, LoRA file or folder, or "demo"
+    for the small model that comes with the package."""
     _: KW_ONLY
     json: bool = False
     """Print JSON instead of text."""

@@ -201,7 +201,8 @@ _ROWS = (
         name="fun-1.5-5b-inp",
         repo_ids=_repos(_FUN_AUTHORS, "CogVideoX-Fun-V1.5-5b-InP"),
         transformer=_V15 | _INPAINT,
-        **_LARGE_V15 | _FUN_INPAINT | {"vae": _LARGE["vae"], "fps": 8},
+        # Trained on 22 latent frames: those of 81 pixel frames, and one more that makes their number even.
+        **_LARGE_V15 | _FUN_INPAINT | {"vae": _LARGE["vae"], "fps": 8, "max_sequence_length": 226},
     ),
     Preset(
         name="fun-2b-control",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mimetypes
 import os
 import re
 import subprocess
@@ -20,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .files import atomic_path
 
-__all__ = ["VideoInfo", "contact_sheet", "probe_video", "read_video", "write_image", "write_video"]
+__all__ = ["VideoInfo", "contact_sheet", "is_picture", "probe_image", "probe_video", "read_video", "write_image", "write_video"]
 
 CONTAINERS = (".mp4", ".mov", ".m4v", ".mkv")
 # One rate factor below "visually lossless" (18); 4:2:0 with the BT.709 matrix, named in the file so that players agree.
@@ -28,6 +29,8 @@ ENCODING = (
     *("-vf", "scale=out_color_matrix=bt709:out_range=tv", "-c:v", "libx264", "-crf", "17", "-pix_fmt", "yuv420p"),
     *("-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709", "-color_range", "tv"),
 )
+
+_ORIENTATION = 0x0112  # the Exif tag
 
 Frames = np.ndarray | torch.Tensor
 
@@ -191,6 +194,23 @@ def _parse(path: str | os.PathLike[str], log: str) -> VideoInfo:
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def is_picture(path: str | os.PathLike[str]) -> bool:
+    """Whether a file's name is that of a picture, not of a video."""
+    return (mimetypes.guess_type(os.fspath(path))[0] or "").startswith("image/")
+
+
+def probe_image(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Size (height, width) in pixels of a picture file, upright. Raises FileNotFoundError, and ValueError for a file that is no picture."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no image file {path}.")
+    try:
+        with Image.open(path) as image:
+            turned = image.getexif().get(_ORIENTATION, 1) > 4  # 5 to 8 lie on their side
+            return image.size if turned else image.size[::-1]
+    except OSError as error:
+        raise ValueError(f"{path} is not an image, or is damaged: {error}.") from error
 
 
 def write_image(path: str | os.PathLike[str], image: Frames | Image.Image) -> Path:

@@ -241,7 +241,7 @@ def test_gradient_checkpointing_runs_blocks_again(vae):
     assert len(calls) > 1
 
 
-def test_quant_convolutions_work():
+def test_v9_quant_convolutions_work():
     """Stock sizes both from the picture's channels and fails on its first call."""
     options = TINY_VAE | {"use_quant_conv": True, "use_post_quant_conv": True}
     vae = randomize(AutoencoderKLCogVideoX(**options)).eval()

@@ -1,9 +1,11 @@
 """Rotary tables equal stock's pipeline wherever stock has them, and keep working where stock does not."""
 
+import math
+
 import pytest
 import torch
 
-from diffusers_cogvideox.models.rope import apply_rotary, resized_positions, rope_for, rotary_embedding, with_text
+from diffusers_cogvideox.models.rope import apply_rotary, resized_positions, riflex_frequencies, rope_for, rotary_embedding, with_text
 from diffusers_cogvideox.presets import PRESETS
 from parity import StockTransformer
 from transformer_cases import stock_rope, tiny_twins
@@ -86,3 +88,37 @@ def test_head_dimension_must_split(head_dim):
 def test_latents_must_divide():
     with pytest.raises(ValueError, match="patches of 2x2x2"):
         rope_for(PRESETS["1.5-5b"].transformer, 3, 8, 8)
+
+
+# --- RIFLEx -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("variant", "latent_frames", "tokens"), [("5b", 25, 25), ("5b-i2v", 40, 40), ("1.5-5b", 42, 21)])
+def test_riflex_lowers_the_second_frequency_of_time(variant, latent_frames, tokens):
+    """The authors name k = 2 for CogVideoX; at frame p the pair then turns by 0.9 * 2 pi p / L, and all others as before."""
+    config = PRESETS[variant].transformer
+    usual, lowered = (rope_for(config, latent_frames, 4, 4, riflex=riflex) for riflex in (False, True))
+    angle = 0.9 * 2 * math.pi * torch.arange(tokens) / tokens
+    changed = slice(2, 4)  # the channels of pair k = 2
+    for table, before, expected in zip(lowered, usual, (angle.cos(), angle.sin()), strict=True):
+        frames = table.view(tokens, 4, 64)
+        torch.testing.assert_close(frames[..., changed], expected[:, None, None].expand(-1, 4, 2), atol=1e-5, rtol=0)
+        frames[..., changed] = before.view(tokens, 4, 64)[..., changed]
+        torch.testing.assert_close(frames, before.view(tokens, 4, 64), rtol=0, atol=0)
+
+
+def test_riflex_finds_the_intrinsic_frequency_of_another_model():
+    """HunyuanVideo: base 256, 16 channels, 33 latent frames; the authors name k = 4 with a period of 50."""
+    frequencies = 256.0 ** (-torch.arange(8) / 8)
+    lowered = riflex_frequencies(frequencies, 33, 66)
+    assert (lowered != frequencies).nonzero().flatten().tolist() == [3]
+    torch.testing.assert_close(lowered[3], torch.tensor(0.9 * 2 * math.pi / 66))
+    with pytest.raises(ValueError, match="no effect on 50 token frames: this model repeats itself only after 50"):
+        riflex_frequencies(frequencies, 33, 50)
+
+
+def test_riflex_without_effect_is_refused():
+    with pytest.raises(ValueError, match="no effect on 13 token frames: this model repeats itself only after 20"):
+        rope_for(PRESETS["5b"].transformer, 13, 60, 90, riflex=True)
+    with pytest.raises(ValueError, match="no rotary positions"):
+        rope_for(PRESETS["2b"].transformer, 40, 60, 90, riflex=True)

@@ -103,7 +103,7 @@ class Enlarge(torch.nn.Module):
         return (pictures, None) if self.stock else pictures
 
 
-def test_released_tile_settings_equal_stock(pair):
+def test_v5_released_tile_settings_equal_stock(pair):
     """480x720 in tiles of 240x360 that overlap by 1/6 and 1/5: nine tiles at the same places with the same blending."""
     for vae, stock in zip(pair, (False, True), strict=True):
         vae.enable_tiling(240, 360)
@@ -112,7 +112,7 @@ def test_released_tile_settings_equal_stock(pair):
     torch.testing.assert_close(pair[0].decode(z).sample, pair[1].decode(z).sample, rtol=0, atol=2e-5)
 
 
-def test_no_tile_is_decoded_twice(pair):
+def test_x1_no_tile_is_decoded_twice(pair):
     """A tile that would lie inside the one before it is left out; stock decodes it and fades it in as a thin strip."""
     for vae, stock, tiles in zip(pair, (False, True), (2, 3), strict=True):
         calls = []
@@ -130,7 +130,7 @@ def test_every_tile_size_gives_the_right_output_size(vae, height, width, overlap
         assert vae.encode(torch.randn(1, 3, 1, 56, 72)).latent_dist.mean.shape == (1, 4, 1, 7, 9)
 
 
-def test_an_overlap_of_zero_is_honoured(vae):
+def test_v4_an_overlap_of_zero_is_honoured(vae):
     """Without overlap every tile is decoded alone and stands unblended; stock takes 0.0 for "not given"."""
     vae.enable_tiling(32, 32, 0.0, 0.0)
     z = torch.randn(1, 4, 1, 8, 4)

@@ -25,7 +25,7 @@ def test_a_folder_of_diffusers_gives_our_classes(loaded):
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpm"])
-def test_what_we_save_diffusers_loads(loaded, folders, tmp_path: Path, sampler: str):
+def test_x13_what_we_save_diffusers_loads(loaded, folders, tmp_path: Path, sampler: str):
     pipe = loaded(CogVideoXPipeline, "5b", sampler)
     pipe.save_pretrained(tmp_path)
     saved, original = (json.loads((folder / INDEX).read_text()) for folder in (tmp_path, folders("5b", sampler)))

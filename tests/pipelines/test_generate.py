@@ -16,10 +16,11 @@ import diffusers_cogvideox.pipelines.model_folder as model_folder
 from diffusers_cogvideox import CogVideoXDPMScheduler, CogVideoXPipeline, cli
 from diffusers_cogvideox.demo import demo_model
 from diffusers_cogvideox.options import GenerateOptions
-from diffusers_cogvideox.pipelines.generate import generate, plan
+from diffusers_cogvideox.pipelines.generate import generate
 from diffusers_cogvideox.pipelines.info import describe
 from diffusers_cogvideox.pipelines.model_folder import ModelFolder
-from diffusers_cogvideox.pipelines.settings import choose_settings, load_pipeline, make_videos
+from diffusers_cogvideox.pipelines.plan import plan
+from diffusers_cogvideox.pipelines.settings import Settings, choose_settings, load_pipeline, make_videos
 from diffusers_cogvideox.presets import PRESETS
 from diffusers_cogvideox.video_io import probe_video, read_video
 
@@ -47,6 +48,12 @@ def options(folder: Path, output: Path, prompt: str = PROMPT, /, **changes) -> G
     return GenerateOptions(prompt, **{"model": str(folder), "output": str(output), "steps": 2, "device": "cpu", **changes})
 
 
+def settings_of(asked: GenerateOptions) -> Settings:
+    """The settings of the only video that is asked for."""
+    (job,) = plan(asked)
+    return job.settings
+
+
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
@@ -55,13 +62,13 @@ def names(folder: Path) -> list[str]:
 
 
 def test_video_sheet_and_recipe(folder, tmp_path):
-    (path,) = generate(options(folder, tmp_path / "out", seed=3, fps=6, size="32x48"))
+    (path,) = generate(options(folder, tmp_path / "out", seed=3, fps=6, size="36x50", frames=7))
     assert path == tmp_path / "out" / "a-red-circle-moves-right-3.mp4"
     assert names(path.parent) == [path.with_suffix(suffix).name for suffix in (".json", ".mp4", ".png")]
     info = probe_video(path)
-    assert (info.num_frames, info.height, info.width, info.fps) == (9, 32, 48, 6)
+    assert (info.num_frames, info.height, info.width, info.fps) == (7, 36, 50, 6)
     with Image.open(path.with_suffix(".png")) as sheet:
-        assert sheet.width > 9 * 40
+        assert sheet.width > 7 * 50
     recipe = json.loads(path.with_suffix(".json").read_text())
     assert (recipe["prompt"], recipe["seed"]) == (PROMPT, 3)
     assert recipe["settings"]["model"] == str(folder.resolve())
@@ -98,7 +105,7 @@ def test_videos_of_one_prompt_have_consecutive_seeds(folder, tmp_path):
 
 def test_a_prompt_file_gives_one_video_per_line(folder, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red circle\n\n  a blue square!  \na red circle\n")
-    _, jobs = plan(options(folder, tmp_path / "out", str(tmp_path / "prompts.txt"), num_videos=2))
+    jobs = plan(options(folder, tmp_path / "out", str(tmp_path / "prompts.txt"), num_videos=2))
     assert [job.prompt for job in jobs] == ["a red circle"] * 2 + ["a blue square!"] * 2 + ["a red circle"] * 2
     assert [job.output.name for job in jobs][1:4] == ["001-a-red-circle-1.mp4", "002-a-blue-square-0.mp4", "002-a-blue-square-1.mp4"]
     assert len({job.output for job in jobs}) == 6
@@ -145,14 +152,14 @@ def test_released_models_are_sampled_as_recommended(name):
 def test_a_folder_says_how_it_wants_to_be_sampled(own_folder, tmp_path):
     own = {"sampler": "dpm", "num_inference_steps": 7, "guidance_scale": 3.5, "fps": 5, "height": 32, "width": 48, "num_frames": 17}
     (own_folder / "cogvideox.json").write_text(json.dumps(own))
-    settings, _ = plan(GenerateOptions(PROMPT, model=str(own_folder), output=str(tmp_path), device="cpu"))
+    settings = settings_of(GenerateOptions(PROMPT, model=str(own_folder), output=str(tmp_path), device="cpu"))
     assert {name: getattr(settings, name) for name in own} == own
-    settings, _ = plan(options(own_folder, tmp_path, sampler="ddim", size="64x64", frames=9))
+    settings = settings_of(options(own_folder, tmp_path, sampler="ddim", size="64x64", frames=9))
     assert (settings.sampler, settings.height, settings.num_frames, settings.fps, settings.num_inference_steps) == ("ddim", 64, 9, 5, 2)
 
 
 def test_a_folder_that_says_nothing(folder, tmp_path):
-    settings, _ = plan(GenerateOptions(PROMPT, model=str(folder), output=str(tmp_path), device="cpu"))
+    settings = settings_of(GenerateOptions(PROMPT, model=str(folder), output=str(tmp_path), device="cpu"))
     assert (settings.height, settings.width, settings.num_frames, settings.max_sequence_length) == (64, 96, 9, 7)
     assert (settings.sampler, settings.dtype) == ("ddim", "float32")
 
@@ -182,7 +189,7 @@ def test_a_recipe_with_a_setting_of_the_wrong_type_is_an_error(folder, tmp_path)
 
 def test_float16_models_run_in_bfloat16_on_a_cpu(own_folder, tmp_path):
     (own_folder / "cogvideox.json").write_text('{"dtype": "float16"}')
-    assert plan(options(own_folder, tmp_path))[0].dtype == "bfloat16"
+    assert settings_of(options(own_folder, tmp_path)).dtype == "bfloat16"
 
 
 def test_the_fingerprint_notices_other_weights_and_configs(own_folder):
@@ -211,11 +218,12 @@ def test_a_repository_is_known_by_its_commit(folder, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"prompt": "nowhere/prompts.txt"}, "there is no prompt file nowhere/prompts.txt"),
+        ({"prompt": "nowhere/prompts.txt"}, "there is no file nowhere/prompts.txt"),
         ({"prompt": "nowhere/video.json"}, "there is no file nowhere/video.json"),
         ({"prompt": "  "}, "the prompt is empty"),
-        ({"size": "65x100"}, "positive multiples of 16. Nearest legal size: 64x96"),
-        ({"frames": 10}, r"must be 8k\+1 .* Nearest legal: 9 or 17"),
+        ({"size": "8x100"}, "8x100 .* each must be between 16 and .* Nearest legal size: 16x100"),
+        ({"size": "65x100"}, "--size 65x100 is not possible: a video file .* needs even sizes"),
+        ({"frames": 10**6}, "num_frames=1000000 is not possible"),
         ({"steps": 1001}, "--steps 1001 is not possible: it must be between 1 and 1000"),
         ({"model": "nowhere"}, "there is no folder 'nowhere'"),
         ({"model": "/nowhere/at/all"}, "there is no folder"),
@@ -273,7 +281,9 @@ def test_folders_that_are_not_whole(file, damage, message, own_folder, tmp_path)
 def test_models_of_other_tasks_are_refused(own_folder, tmp_path):
     config = own_folder / "transformer" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"in_channels": 8}))
-    with pytest.raises(ValueError, match=r"no text-to-video model \(8 input channels\)"):
+    with pytest.raises(
+        ValueError, match=r"A prompt alone needs a text-to-video model .* is a Fun Control model or an image-to-video model"
+    ):
         generate(options(own_folder, tmp_path))
     with pytest.raises(ValueError, match="lacks scheduler, text_encoder, tokenizer, transformer: a whole pipeline folder is needed"):
         generate(options(own_folder / "vae", tmp_path))

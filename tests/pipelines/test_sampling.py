@@ -11,7 +11,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from diffusers_cogvideox import CogVideoXDDIMScheduler, CogVideoXPipeline, shifted_config
+from diffusers_cogvideox import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXPipeline, shifted_config
 from diffusers_cogvideox.presets import PRESETS
 from tiny_pipeline import call
 
@@ -80,3 +80,28 @@ def test_custom_timesteps_need_a_scheduler_that_takes_them(pipe):
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     with pytest.raises(ValueError, match="DDIMScheduler does not support custom timesteps"):
         call(pipe, timesteps=[999, 500])
+
+
+@pytest.mark.parametrize("spacing", ["steps", "timesteps"])
+@pytest.mark.parametrize(("sampler", "eta"), [(CogVideoXDDIMScheduler, 0.0), (CogVideoXDDIMScheduler, 1.0), (CogVideoXDPMScheduler, 0.0)])
+def test_each_video_of_a_batch_is_the_one_made_alone(pipe, sampler, eta, spacing):
+    """Starting noise and the noise of every step come from the video's own generator."""
+    pipe.scheduler = sampler.from_config(pipe.scheduler.config)
+    grid = {"timesteps": [999, 700, 350, 20]} if spacing == "timesteps" else {"num_inference_steps": 4}
+    options = {"eta": eta, "output_type": "latent", **grid}
+    prompts = ["a red circle", "a green square moves left"]
+
+    def seeded(*seeds):
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    together = call(pipe, prompt=prompts, generator=seeded(5, 6), **options)
+    for number, prompt in enumerate(prompts):
+        alone = call(pipe, prompt=prompt, generator=seeded(5 + number), **options)
+        torch.testing.assert_close(together[number], alone[0], atol=1e-4, rtol=0)
+    one_source = call(pipe, prompt=prompts, generator=torch.Generator().manual_seed(5), **options)
+    assert (one_source[1] - together[1]).abs().max() > 0.1
+
+
+def test_custom_timesteps_of_the_usual_grid_change_nothing(pipe):
+    usual = call(pipe, num_inference_steps=5, output_type="latent")
+    torch.testing.assert_close(call(pipe, timesteps=[999, 799, 599, 399, 199], output_type="latent"), usual, atol=0, rtol=0)

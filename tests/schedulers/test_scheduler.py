@@ -152,7 +152,7 @@ def half_precision_runs(solver, dtype, steps=20):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_half_precision_is_not_worse_than_stock(solver, dtype):
+def test_x12_half_precision_is_not_worse_than_stock(solver, dtype):
     mine, theirs, true = half_precision_runs(solver, dtype)
     ours_error, stock_error = ((run - true).pow(2).mean().sqrt() for run in (mine, theirs))
     assert 0 < ours_error <= stock_error

@@ -48,3 +48,17 @@ def test_muon_does_not_depend_on_the_storage_order() -> None:
         MatrixMuon([weight], lr=0.1, weight_decay=0.0).step()
         results.append(weight.detach())
     torch.testing.assert_close(*results, atol=5e-3, rtol=0)  # the iteration runs in bfloat16
+
+
+def test_muon_takes_gradients_in_any_layout_and_weights_that_moved() -> None:
+    """DistributedDataParallel gives parameters new storage and gradients its own layout."""
+    results = []
+    for layout in (torch.contiguous_format, torch.channels_last_3d):
+        torch.manual_seed(0)
+        weight = nn.Parameter(torch.randn(16, 8, 3, 3, 3).to(memory_format=torch.channels_last_3d))
+        optimizer = MatrixMuon([weight], lr=0.1, weight_decay=0.0)
+        weight.data = weight.data.clone(memory_format=torch.preserve_format)
+        weight.grad = torch.randn(16, 8, 3, 3, 3).to(memory_format=layout)
+        optimizer.step()
+        results.append(weight.detach())
+    assert torch.equal(*results)

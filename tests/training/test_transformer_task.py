@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import T5Config, T5EncoderModel
 
 from diffusers_cogvideox.models.autoencoder import AutoencoderKLCogVideoX
 from diffusers_cogvideox.models.transformer import CogVideoXTransformer3DModel
@@ -14,28 +13,17 @@ from diffusers_cogvideox.training.config import DataOptions, Stage, TrainConfig
 from diffusers_cogvideox.training.curves import plot_curves
 from diffusers_cogvideox.training.latents import latent_statistics
 from diffusers_cogvideox.training.loop import run
-from diffusers_cogvideox.training.text_encoder import train_tokenizer
 from diffusers_cogvideox.training.transformer import TransformerTask
-from parity import TINY_TRANSFORMERS, TINY_VAE
+from parity import TINY_TRANSFORMERS
 
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Folders of a tiny VAE and a tiny text encoder."""
-    folder = tmp_path_factory.mktemp("parts")
-    AutoencoderKLCogVideoX(**TINY_VAE).save_pretrained(folder / "vae")
-    tokenizer = train_tokenizer(["a red circle moves right", "a blue square rests"], folder / "text", 7)
-    T5EncoderModel(T5Config(vocab_size=len(tokenizer), d_model=24, d_ff=16, d_kv=8, num_heads=2, num_layers=1)).save_pretrained(
-        folder / "text"
-    )
-    return {"vae": str(folder / "vae"), "text_encoder": str(folder / "text")}
+TINY_MODEL = TINY_TRANSFORMERS["5b"] | {"sample_height": 4, "sample_width": 4}
 
 
 def config(output: Path, parts: dict[str, str], **changes: Any) -> TrainConfig:
     options: dict[str, Any] = {
         "task": "transformer",
         "output": str(output),
-        "model": TINY_TRANSFORMERS["5b"] | {"sample_height": 4, "sample_width": 4},
+        "model": TINY_MODEL,
         "stages": [Stage(steps=2, batch_size=3, frames=1), Stage(steps=2, batch_size=2, frames=9)],
         "data": DataOptions(height=32, width=32, clips=4),
         "checkpoint_every": 2,
@@ -53,7 +41,7 @@ def test_run_saves_a_transformer_and_its_curves(tmp_path: Path, parts: dict[str,
 
 def test_clips_are_encoded_once_and_scaled(tmp_path: Path, parts: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     first = TransformerTask(config(tmp_path, parts))
-    monkeypatch.setattr(module, "encode_clips", lambda *_: pytest.fail("encoded again"))
+    monkeypatch.setattr(module, "encode_clips", lambda *_, **__: pytest.fail("encoded again"))
     again = TransformerTask(config(tmp_path, parts))
     batch, same = first.batch(3), again.batch(3)
     assert all(torch.equal(batch[name], same[name]) for name in ("latents", "text", "timesteps", "noise"))
@@ -81,6 +69,38 @@ def test_scheduler_has_zero_terminal_snr_unless_told_otherwise(tmp_path: Path, p
 def test_missing_parts_are_named(tmp_path: Path, parts: dict[str, str], missing: str) -> None:
     with pytest.raises(ValueError, match="needs vae, text_encoder"):
         TransformerTask(config(tmp_path, parts, **{missing: DataOptions() if missing == "data" else None}))
+
+
+def test_image_model_sees_the_first_frame(tmp_path: Path, parts: dict[str, str]) -> None:
+    model = TINY_MODEL | {"in_channels": 8}
+    task = TransformerTask(config(tmp_path, parts, model=model, objective={"image_dropout": 0.0}))
+    batch = task.batch(3)
+    extra, clips = batch["extra"], task.clips[9]
+    assert extra.shape == batch["latents"].shape and not extra[:, 1:].any()
+    video = torch.from_numpy(clips.world.batch(0, 4)[0][:, :1]).movedim(-1, 1)
+    vae = AutoencoderKLCogVideoX.from_pretrained(parts["vae"])
+    with torch.no_grad():
+        pictures = vae.encode(video).latent_dist.mode().transpose(1, 2) * vae.config.scaling_factor
+    torch.testing.assert_close(clips.images.float(), pictures, atol=2e-2, rtol=2e-2)
+    assert all(any(torch.equal(shown, picture[0]) for picture in clips.images.float()) for shown in extra[:, 0])
+    assert not TransformerTask(config(tmp_path, parts, model=model, objective={"image_dropout": 1.0})).batch(3)["extra"].any()
+
+
+def test_image_model_starts_as_the_text_model_that_it_comes_from(tmp_path: Path, parts: dict[str, str]) -> None:
+    settings = config(tmp_path / "text", parts)
+    final = run(settings, TransformerTask(settings))
+    task = TransformerTask(config(tmp_path / "image", parts, init_from=str(final), model=TINY_MODEL | {"in_channels": 8}))
+    text_model, batch = CogVideoXTransformer3DModel.from_pretrained(final), task.batch(3)
+    text, time, rotary = batch["text"], batch["timesteps"], batch["rotary"]
+    with torch.no_grad():
+        expected = text_model(batch["noise"], text, time, image_rotary_emb=rotary).sample
+        result = task.transformer(torch.cat([batch["noise"], batch["extra"]], 2), text, time, image_rotary_emb=rotary).sample
+    torch.testing.assert_close(result, expected)
+
+
+def test_other_numbers_of_channels_are_refused(tmp_path: Path, parts: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="in_channels=9 with out_channels=4 cannot be trained here"):
+        TransformerTask(config(tmp_path, parts, model=TINY_MODEL | {"in_channels": 9}))
 
 
 def test_latent_statistics() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import ClassVar
 
 import torch
@@ -19,7 +19,9 @@ from .causal_conv import ConvCache
 from .tiling import TileAxis, map_tiles
 from .vae_blocks import Decoder, Encoder
 
-__all__ = ["AutoencoderKLCogVideoX"]
+__all__ = ["DIRECTIONS", "AutoencoderKLCogVideoX"]
+
+DIRECTIONS = ("encode", "decode")
 
 
 class AutoencoderKLCogVideoX(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[misc]
@@ -80,6 +82,7 @@ class AutoencoderKLCogVideoX(ModelMixin, AutoencoderMixin, ConfigMixin):  # type
         self.num_latent_frames_batch_size = DECODE_CHUNK
         self.use_slicing = False
         self.use_tiling = False
+        self.tiled_directions = frozenset(DIRECTIONS)
         self.tile_sample_min_height = sample_height // 2
         self.tile_sample_min_width = sample_width // 2
         self.tile_overlap_factor_height = 1 / 6
@@ -91,6 +94,7 @@ class AutoencoderKLCogVideoX(ModelMixin, AutoencoderMixin, ConfigMixin):  # type
         tile_sample_min_width: int | None = None,
         tile_overlap_factor_height: float | None = None,
         tile_overlap_factor_width: float | None = None,
+        directions: Collection[str] = DIRECTIONS,
     ) -> None:
         """Encode and decode in overlapping, linearly blended tiles: less memory, not the same function (statistics per tile).
 
@@ -99,10 +103,13 @@ class AutoencoderKLCogVideoX(ModelMixin, AutoencoderMixin, ConfigMixin):  # type
                 (of 8 x 8 pixels) that fit. Pictures that are not larger are not tiled.
             tile_overlap_factor_height, tile_overlap_factor_width: share of a tile, in [0, 1), that is blended with its
                 neighbour; rounded to whole latent cells.
+            directions: ("encode", "decode"), or the only one of them to tile; each call says it anew.
 
         Raises:
-            ValueError: a tile smaller than one latent cell or a factor outside [0, 1).
+            ValueError: a tile smaller than one latent cell, a factor outside [0, 1) or an unknown direction.
         """
+        if not directions or set(directions) - set(DIRECTIONS):
+            raise ValueError(f"directions={directions!r} is not possible: name one or both of {DIRECTIONS}")
         sizes: Mapping[str, float | None] = {
             "tile_sample_min_height": tile_sample_min_height,
             "tile_sample_min_width": tile_sample_min_width,
@@ -120,6 +127,7 @@ class AutoencoderKLCogVideoX(ModelMixin, AutoencoderMixin, ConfigMixin):  # type
         for name, value in {**sizes, **factors}.items():
             if value is not None:
                 setattr(self, name, value)
+        self.tiled_directions = frozenset(directions)
         self.use_tiling = True
 
     @property
@@ -139,7 +147,7 @@ class AutoencoderKLCogVideoX(ModelMixin, AutoencoderMixin, ConfigMixin):  # type
         chunk = _check_chunk(
             "num_sample_frames_batch_size", self.num_sample_frames_batch_size, int(self.config["temporal_compression_ratio"])
         )
-        posterior = DiagonalGaussianDistribution(self._run(self._encode_chunk, x, chunk, in_scale=self.spatial_ratio))
+        posterior = DiagonalGaussianDistribution(self._run(self._encode_chunk, x, chunk, "encode", in_scale=self.spatial_ratio))
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     @apply_forward_hook
@@ -150,7 +158,7 @@ class AutoencoderKLCogVideoX(ModelMixin, AutoencoderMixin, ConfigMixin):  # type
         """
         _check_video("decode", z, self.config["latent_channels"], 1)
         chunk = _check_chunk("num_latent_frames_batch_size", self.num_latent_frames_batch_size, 2)
-        video = self._run(self._decode_chunk, z, chunk, out_scale=self.spatial_ratio)
+        video = self._run(self._decode_chunk, z, chunk, "decode", out_scale=self.spatial_ratio)
         return DecoderOutput(sample=video) if return_dict else (video,)
 
     def forward(
@@ -171,7 +179,9 @@ class AutoencoderKLCogVideoX(ModelMixin, AutoencoderMixin, ConfigMixin):  # type
     def _decode_chunk(self, z: Tensor, cache: ConvCache) -> Tensor:
         return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z), cache)
 
-    def _run(self, coder: Callable[[Tensor, ConvCache], Tensor], x: Tensor, chunk: int, *, in_scale: int = 1, out_scale: int = 1) -> Tensor:
+    def _run(
+        self, coder: Callable[[Tensor, ConvCache], Tensor], x: Tensor, chunk: int, direction: str, *, in_scale: int = 1, out_scale: int = 1
+    ) -> Tensor:
         """Apply a chunk coder to x (B, C, F, H, W): batch elements one by one if slicing, tiles if tiling, then chunks."""
 
         def whole(part: Tensor) -> Tensor:
@@ -182,7 +192,7 @@ class AutoencoderKLCogVideoX(ModelMixin, AutoencoderMixin, ConfigMixin):  # type
             return torch.cat(results, dim=2)
 
         rows, columns = self._tile_axes(x.shape[-2] // in_scale, x.shape[-1] // in_scale)
-        tiled = self.use_tiling and (rows.length > rows.size or columns.length > columns.size)
+        tiled = self.use_tiling and direction in self.tiled_directions and (rows.length > rows.size or columns.length > columns.size)
         parts = x.split(1) if self.use_slicing else [x]
         if tiled:
             return torch.cat([map_tiles(whole, part, rows, columns, in_scale=in_scale, out_scale=out_scale) for part in parts])

@@ -6,6 +6,9 @@ of the timestep,
     a, a' = Attention(LN(v) (1 + scale) + shift, LN(x) (1 + scale') + shift')
     v <- v + gate a,   x <- x + gate' a'
 and the same once more with the feed-forward network in place of the attention.
+
+The two token streams may be wider (float32) than the linear layers (float16): LayerNorm, modulation, gate and sum compute in the dtype
+of the tokens, and what goes into attention and feed-forward network is rounded to that of the weights.
 """
 
 from __future__ import annotations
@@ -18,7 +21,16 @@ from torch import Tensor, nn
 
 from .attention import CogVideoXAttention
 
-__all__ = ["AdaLayerNorm", "CogVideoXBlock", "ExpertLayerNorm", "FinalLayerNorm", "Modulation"]
+__all__ = ["AdaLayerNorm", "CogVideoXBlock", "ExpertLayerNorm", "FinalLayerNorm", "Modulation", "TokenNorm"]
+
+
+class TokenNorm(nn.LayerNorm):
+    """LayerNorm over the channels of tokens (B, S, D), in their dtype whatever that of the weights."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, S, D) -> (B, S, D)."""
+        weight, bias = (None if part is None else part.to(tokens.dtype) for part in (self.weight, self.bias))
+        return nn.functional.layer_norm(tokens, self.normalized_shape, weight, bias, self.eps)
 
 
 class Modulation(NamedTuple):
@@ -36,15 +48,15 @@ class AdaLayerNorm(nn.Module):
         super().__init__()
         self.parts = parts
         self.linear = nn.Linear(condition_dim, parts * dim)
-        self.norm = nn.LayerNorm(dim, eps=eps, elementwise_affine=affine)
+        self.norm = TokenNorm(dim, eps=eps, elementwise_affine=affine)
 
     def vectors(self, temb: Tensor) -> tuple[Tensor, ...]:
         """temb (1 or B, E) -> `parts` tensors (1 or B, 1, D)."""
         return self.linear(nn.functional.silu(temb)).unsqueeze(1).chunk(self.parts, dim=-1)
 
     def modulate(self, tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        """LN(tokens) (1 + scale) + shift for tokens (B, S, D)."""
-        return torch.addcmul(shift, self.norm(tokens), 1 + scale)
+        """LN(tokens) (1 + scale) + shift for tokens (B, S, D), in the dtype of shift and scale."""
+        return torch.addcmul(shift, self.norm(tokens), 1 + scale).to(shift.dtype)
 
 
 class ExpertLayerNorm(AdaLayerNorm):

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers.loaders import CogVideoXLoraLoaderMixin
 from diffusers.models import AutoencoderKLCogVideoX as StockVAE
 from diffusers.models import CogVideoXTransformer3DModel as StockTransformer
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -18,21 +17,28 @@ from ..geometry import Geometry
 from ..models.autoencoder import AutoencoderKLCogVideoX
 from ..models.transformer import CogVideoXTransformer3DModel
 from ..presets import PRESETS, match_preset
+from ..runtime.health import check_dtype, run_checked
 from .conditioning import Condition
 from .denoising import denoise
+from .framing import crop_video
+from .inversion import InversionMixin
+from .lora import CogVideoXLoraMixin
 from .output import CogVideoXPipelineOutput
 from .portability import PortablePipeline
 from .prompts import PromptInputs
 from .request import Request
-from .sampling import check_scheduler, set_timesteps
+from .sampling import Stepper, check_scheduler, set_timesteps
 
 __all__ = ["CogVideoXPipelineBase"]
 
 MakeCondition = Callable[[Tensor, Tensor], Condition]
 """(timesteps (N,), a tensor with the dtype and device of the latents) -> Condition."""
 
+Walk = Callable[[Tensor], tuple[Tensor, Stepper]]
+"""The scheduler's timesteps (N,) -> the timesteps (M,) to walk, and the step to walk them with."""
 
-class CogVideoXPipelineBase(PortablePipeline, CogVideoXLoraLoaderMixin):
+
+class CogVideoXPipelineBase(PortablePipeline, CogVideoXLoraMixin, InversionMixin):
     """Components, state and the course of one call of every CogVideoX pipeline.
 
     A task is a subclass whose `__call__` makes the `Condition` of a `Request`, and hands both to `generate`. Callbacks may set
@@ -49,6 +55,9 @@ class CogVideoXPipelineBase(PortablePipeline, CogVideoXLoraLoaderMixin):
     model_cpu_offload_seq = "text_encoder->transformer->vae"  # type: ignore[assignment]
     _optional_components: list[str] = []  # noqa: RUF012 - diffusers reads plain class attributes
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]  # noqa: RUF012
+
+    _encodes_pixels = False
+    """Whether the task starts from pictures, so that it needs the VAE for latents too."""
 
     tokenizer: Any
     text_encoder: Any
@@ -135,7 +144,8 @@ class CogVideoXPipelineBase(PortablePipeline, CogVideoXLoraLoaderMixin):
     def call_defaults(self) -> dict[str, int]:
         """What `__call__` uses for frames, size and text length when it is told nothing: what the model was trained for.
 
-        CogVideoX 1.5 states the size of its position table in its config, not that of its videos; those come from the presets.
+        CogVideoX 1.5 states the size of its position table in its config, not that of its videos, and a text length that it was not
+        trained with; those come from the presets.
         Raises ValueError without a transformer.
         """
         if self.transformer is None:
@@ -144,11 +154,14 @@ class CogVideoXPipelineBase(PortablePipeline, CogVideoXLoraLoaderMixin):
         height, width = self.geometry.pixel_size(config.sample_height, config.sample_width)
         if preset and all(config[key] == preset.transformer[key] for key in ("sample_height", "sample_width")):
             height, width = preset.height, preset.width
+        length = config.max_text_seq_length
+        if preset and length == preset.transformer["max_text_seq_length"]:
+            length = preset.max_sequence_length
         return {
             "num_frames": config.sample_frames,
             "height": height,
             "width": width,
-            "max_sequence_length": config.max_text_seq_length,
+            "max_sequence_length": length,
         }
 
     # --- parts that can be called alone -----------------------------------------------------------------------------
@@ -194,8 +207,8 @@ class CogVideoXPipelineBase(PortablePipeline, CogVideoXLoraLoaderMixin):
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Video (B, 3, F, H, W) in about [-1, 1] from the loop's latents (B, f, C, h, w)."""
-        latents = latents.transpose(1, 2).to(self.vae.dtype)
-        return self.vae.decode(latents / self.vae_scaling_factor_image).sample
+        latents = latents.transpose(1, 2).to(self.vae.dtype) / self.vae_scaling_factor_image
+        return run_checked(self.vae, lambda: self.vae.decode(latents).sample, "while decoding")
 
     def fuse_qkv_projections(self) -> None:
         """Compute query, key and value of every attention layer of the transformer with one matrix product."""
@@ -213,10 +226,21 @@ class CogVideoXPipelineBase(PortablePipeline, CogVideoXLoraLoaderMixin):
         Raises:
             ValueError: for a request, scheduler or component placement that cannot give what was asked for.
         """
+        latents, padding = self.run_loop(request, make_condition)
+        frames, *_ = self.geometry.latent_shape(request.num_frames, request.height, request.width)
+        return self._finish(latents[:, padding:][:, :frames], request)
+
+    def run_loop(self, request: Request, make_condition: MakeCondition, walk: Walk | None = None) -> tuple[Tensor, int]:
+        """Everything up to the latents (B, F, C, H, W) at the end of the loop, and how many of the frames pad it in front.
+
+        `walk` takes the place of the scheduler's own way from the condition's first step to the end. Raises as `generate` does.
+        """
         request.check_size(self.geometry)
         request.check_callback(self._callback_tensor_inputs)
         check_scheduler(self.scheduler, request.eta)
         self._check_components(request)
+        self._check_precision()
+        request.report_size(self.geometry)
         self._guidance_scale = request.guidance_scale
         self._attention_kwargs = request.attention_kwargs
         self._current_timestep, self._interrupt = None, False
@@ -224,10 +248,9 @@ class CogVideoXPipelineBase(PortablePipeline, CogVideoXLoraLoaderMixin):
         positive, negative = self._embeddings(request)
         timesteps = set_timesteps(self.scheduler, request.num_inference_steps, request.timesteps, self._execution_device)
         condition = make_condition(timesteps, positive)
-        timesteps = timesteps[condition.first_step :]
+        timesteps, step = walk(timesteps) if walk else (timesteps[condition.first_step :], None)
         self._num_timesteps = len(timesteps)
-        latents = denoise(self, condition, timesteps, request, positive, negative)
-        return self._finish(latents[:, condition.padding :], request)
+        return denoise(self, condition, timesteps, request, positive, negative, step), condition.padding
 
     def _embeddings(self, request: Request) -> tuple[Tensor, Tensor | None]:
         """Embeddings of the request in the transformer's dtype: (B, L, D_text), and the unconditional half or None."""
@@ -250,23 +273,32 @@ class CogVideoXPipelineBase(PortablePipeline, CogVideoXLoraLoaderMixin):
         Offloaded ones are moved by their hooks; a missing text encoder is reported where text is encoded.
         """
         used = ["transformer"]
-        used += ["vae"] if request.output_type != "latent" else []
+        used += ["vae"] if self._encodes_pixels or request.output_type != "latent" else []
         used += ["text_encoder"] if request.inputs.prompt is not None and self.text_encoder is not None else []
         device = self._execution_device
         for name in used:
             component = getattr(self, name)
             if component is None:
-                raise ValueError(f"The pipeline has no {name}: load it with one, or (without a vae) ask for output_type='latent'.")
+                remedy = "" if self._encodes_pixels else ", or (without a vae) ask for output_type='latent'"
+                raise ValueError(f"The pipeline has no {name}: load it with one{remedy}.")
             if not hasattr(component, "_hf_hook") and component.device.type != device.type:
                 raise ValueError(
                     f"{name} is on {component.device}, but the pipeline runs on {device}. Move all of it with pipe.to({device.type!r}), "
                     "or use pipe.enable_model_cpu_offload()."
                 )
 
+    def _check_precision(self) -> None:
+        """Warn about a precision in which a released model overflows, unless its safe mode is on."""
+        preset = match_preset(self.transformer.config)
+        if preset and not getattr(self.transformer, "float32_residual", False):
+            check_dtype(preset.name, preset.dtype, self.transformer.dtype)
+
     def _finish(self, latents: Tensor, request: Request) -> CogVideoXPipelineOutput | tuple[Any]:
-        """Decode latents (B, F, C, H, W) to the output type that was asked for, and let offloading take the models back."""
+        """Decode latents (B, F, C, H, W) to the output type and size that were asked for, and let offloading take the models back."""
         video = latents
         if request.output_type != "latent":
-            video = self.video_processor.postprocess_video(self.decode_latents(latents), output_type=request.output_type)
+            asked = {"frames": request.num_frames, "height": request.height, "width": request.width}
+            video = crop_video(self.decode_latents(latents), self.geometry, **asked)
+            video = self.video_processor.postprocess_video(video, output_type=request.output_type)
         self.maybe_free_model_hooks()
         return CogVideoXPipelineOutput(frames=video) if request.return_dict else (video,)

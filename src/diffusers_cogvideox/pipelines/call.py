@@ -1,6 +1,6 @@
 """The arguments that every pipeline's `__call__` shares, written down once, and how a task adds its own."""
 
-# Annotations stay real objects here: the signatures made from them are read by tools that know nothing of this module.
+from __future__ import annotations
 
 import functools
 import inspect
@@ -11,7 +11,10 @@ import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
+from .journal import Journal
 from .request import Request
+from .skip_layers import SkipLayers
+from .windows import ContextWindows
 
 __all__ = ["FIRST", "shared_arguments", "task_call"]
 
@@ -43,28 +46,39 @@ def shared_arguments(
     max_sequence_length: int | None = None,
     sequential_guidance: bool = False,
     zero_unconditional: bool = False,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    skip_layers: SkipLayers | None = None,
+    context: ContextWindows | None = None,
+    riflex: bool = False,
+    journal: Journal | None = None,
 ) -> None:
     """Of every task:
 
     prompt: one text or a list of B texts.
     negative_prompt: what to steer away from, one text for all or one for each prompt; "" by default.
-    height, width: pixels, multiples of 16; by default the size that the model was trained for.
-    num_frames: 8k + 1; by default as trained.
+    height, width: pixels; by default the size that the model was trained for. Multiples of 16 are made as they are, other sizes
+        are cropped from the next larger one.
+    num_frames: any number; by default as trained. 8k + 1 frames are made as they are, other numbers are cut from the next larger one.
     num_inference_steps, timesteps: number of steps, or own falling timesteps for schedulers that take them.
     guidance_scale: w in u + w (c - u); 1 or less predicts once per step, without guidance.
     use_dynamic_cfg: True or "stock" for swinging guidance as released, "progress" for a smooth rise from 1 to 1 + w.
     num_videos_per_prompt: videos for each prompt; they follow each other in the result.
     eta: share of fresh noise in a DDIM step, 0 to 1.
     generator: source of the noise, one for all videos or one for each.
-    latents: noise to start from, (videos, latent frames, channels, height / 8, width / 8).
+    latents: noise to start from, (videos, latent frames, channels, height / 8, width / 8) of what is made before cropping.
     prompt_embeds, negative_prompt_embeds: embeddings (B, L, D_text) in place of text.
     output_type, return_dict: "pil", "np", "pt" or "latent"; False for a tuple in place of an output object.
     attention_kwargs: handed to the attention processors; `{"scale": s}` scales a LoRA.
     callback_on_step_end: f(pipe, step, timestep, tensors) after each step; what it returns replaces the tensors.
     callback_on_step_end_tensor_inputs: which to show it: "latents" (default), "prompt_embeds", "negative_prompt_embeds".
-    max_sequence_length: text tokens; by default as the transformer's config says.
+    max_sequence_length: text tokens; by default as many as the model was trained with.
     sequential_guidance: predict the two halves one after the other: half the activation memory, no faster.
     zero_unconditional: zeros for the unconditional half, as in the original code, in place of the embedding of "".
+    guidance_interval: (start, stop) of the guided part of the loop, in fractions of its steps; outside it one pass is made, not two.
+    skip_layers: `SkipLayers(layers, scale)` also predicts without these layers and steps away from that: one more pass per step.
+    context: `ContextWindows(frames=...)` predicts a long video in windows of so many frames that fade into each other.
+    riflex: lower the frequency that makes videos of twice the trained length or more repeat themselves (without windows).
+    journal: saves the state of the loop every few steps, and goes on from it in a later call.
 
     Raises ValueError or TypeError, before anything runs, for arguments that cannot give what they ask for.
     """
@@ -80,7 +94,7 @@ def task_call(*, without: tuple[str, ...] = (), **places: str) -> Callable[[Call
     """
 
     def decorate(method: Callable[..., Any]) -> Callable[..., Any]:
-        own = [p for p in inspect.signature(method).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        own = [p for p in inspect.signature(method, eval_str=True).parameters.values() if p.kind is p.KEYWORD_ONLY]
         signature = _merged(own, places, without)
 
         @functools.wraps(method)
@@ -102,7 +116,7 @@ def task_call(*, without: tuple[str, ...] = (), **places: str) -> Callable[[Call
 def _merged(own: list[inspect.Parameter], places: dict[str, str], without: tuple[str, ...]) -> inspect.Signature:
     """(self, shared and placed arguments in order, *, other own arguments)."""
     merged = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
-    merged += [p for p in inspect.signature(shared_arguments).parameters.values() if p.name not in without]
+    merged += [p for p in inspect.signature(shared_arguments, eval_str=True).parameters.values() if p.name not in without]
     for parameter in own:
         if parameter.name in places:
             names = [p.name for p in merged]

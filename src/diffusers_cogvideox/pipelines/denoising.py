@@ -6,22 +6,28 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.utils import logging
 from torch import Tensor
 
 from ..models.rope import Rotary, rope_for
+from ..runtime.health import run_checked
 from .conditioning import Condition
-from .guidance import dynamic_rule, guidance_at, guide
+from .guidance import dynamic_rule, guidance_at, guide, guide_away, steps_inside
 from .request import Request
-from .sampling import make_stepper
+from .sampling import Stepper, flow_level, make_stepper
+from .skip_layers import SkipLayers
+from .windows import Windows, faded
 
 __all__ = ["Predictor", "denoise"]
 
-logger = logging.get_logger(__name__)
-
 
 def denoise(
-    pipe: Any, condition: Condition, timesteps: Tensor, request: Request, prompt_embeds: Tensor, negative_prompt_embeds: Tensor | None
+    pipe: Any,
+    condition: Condition,
+    timesteps: Tensor,
+    request: Request,
+    prompt_embeds: Tensor,
+    negative_prompt_embeds: Tensor | None,
+    step: Stepper | None = None,
 ) -> Tensor:
     """Latents (B, F, C, H, W) at the end of `timesteps` (N,), the padding frames of `condition` included.
 
@@ -36,59 +42,105 @@ def denoise(
         request: guidance schedule, callback, and options of the scheduler's step.
         prompt_embeds: (B, L, D_text).
         negative_prompt_embeds: (B, L, D_text), or None without guidance.
+        step: what a step does with its prediction, by default the scheduler's own.
+
+    Raises ValueError for a guidance interval without any step, and for windows or skipped layers that are not possible here.
     """
-    rule = dynamic_rule(request.use_dynamic_cfg)
-    predict = Predictor.of(pipe, condition, request)
-    step = make_stepper(pipe.scheduler, eta=request.eta, generator=request.generator)
+    rule, guided = dynamic_rule(request.use_dynamic_cfg), steps_inside(request.guidance_interval, len(timesteps), "guidance_interval")
+    predict = Predictor.of(pipe, condition, request, len(timesteps))
+    step = step or make_stepper(pipe.scheduler, eta=request.eta, generator=request.generator)
     joined = prompt_embeds if negative_prompt_embeds is None else torch.cat([negative_prompt_embeds, prompt_embeds])
-    tensors: dict[str, Any] = {"latents": condition.latents, "prompt_embeds": joined, "negative_prompt_embeds": negative_prompt_embeds}
+    start = predict.starting_latents(request)
+    tensors: dict[str, Any] = {"latents": start, "prompt_embeds": joined, "negative_prompt_embeds": negative_prompt_embeds}
+    journal = request.journal
+    done = journal.enter(pipe, timesteps, request.generator, tensors) if journal else 0
 
     with pipe.progress_bar(total=len(timesteps)) as progress:
-        for index, (timestep, value) in enumerate(zip(timesteps, timesteps.tolist(), strict=True)):
+        progress.update(done)
+        for index, value in list(enumerate(timesteps.tolist()))[done:]:
             if pipe.interrupt:
                 break
-            pipe._current_timestep = timestep
-            place = {"step_index": index, "num_inference_steps": len(timesteps)}
-            scale = guidance_at(rule, pipe.guidance_scale, index=index, timestep=value, steps=len(timesteps))
-            latents = tensors["latents"]
-            scaled = pipe.scheduler.scale_model_input(latents, timestep)
-            prediction = predict(scaled, tensors["prompt_embeds"], timestep, scale if pipe.do_classifier_free_guidance else None, place)
+            pipe._current_timestep = timestep = timesteps[index]
+            place: dict[str, Any] = {"step_index": index, "num_inference_steps": len(timesteps), "timestep": value}
+            place["sigma"] = flow_level(pipe.scheduler, value)
+            scale = None
+            if pipe.do_classifier_free_guidance and index in guided:
+                scale = guidance_at(rule, pipe.guidance_scale, index=index, timestep=value, steps=len(timesteps))
+            latents = condition.hold(tensors["latents"], timestep)
+            prediction = predict(pipe.scheduler.scale_model_input(latents, timestep), tensors["prompt_embeds"], timestep, scale, place)
             tensors["latents"] = step(prediction, timestep, latents).to(latents.dtype)
             _call_back(pipe, request, index, timestep, tensors)
+            if journal:
+                journal.record(index + 1, pipe, timesteps, request.generator, tensors["latents"])
             progress.update()
     pipe._current_timestep = None
-    _warn_if_not_finite(tensors["latents"])
-    return tensors["latents"]
+    return condition.hold(tensors["latents"], None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Predictor:
-    """Velocity of latents under guidance, from one transformer with everything that stays the same during a loop."""
+    """Velocity of latents under guidance, from one transformer with everything that stays the same during a loop.
+
+    With `windows`, the transformer sees one window of the video at a time. `skip` is done in `skip_steps`.
+    """
 
     transformer: Any
     condition: Condition
     rotary: Rotary | None
     options: dict[str, Any]
     sequential: bool
+    windows: Windows | None = None
+    skip: SkipLayers | None = None
+    skip_steps: range = range(0)
 
     @classmethod
-    def of(cls, pipe: Any, condition: Condition, request: Request) -> Predictor:
-        """The predictor for one call of `pipe`."""
-        _, frames, _, height, width = condition.latents.shape
-        rotary = rope_for(pipe.transformer.config, frames, height, width, condition.latents.device)
+    def of(cls, pipe: Any, condition: Condition, request: Request, steps: int) -> Predictor:
+        """The predictor for one call of `pipe`, in a loop of `steps` steps.
+
+        Raises:
+            ValueError: for windows, frequencies or layers that this model and this video do not have.
+        """
+        transformer, latents, skip = pipe.transformer, condition.latents, request.skip_layers
+        _, frames, _, height, width = latents.shape
+        windows = request.context.over(frames, pipe.geometry, condition.anchors) if request.context else None
+        if windows and getattr(transformer, "is_cache_enabled", False):
+            raise ValueError("A feature cache would mix up the context windows of a video: call pipe.transformer.disable_cache() first.")
         options: dict[str, Any] = {"attention_kwargs": request.attention_kwargs}
         if condition.ofs is not None:
-            options["ofs"] = condition.latents.new_full((1,), condition.ofs)
+            options["ofs"] = latents.new_full((1,), condition.ofs)
+        if skip is not None:
+            skip.check(transformer)
+        seen = windows.length if windows else frames
         return cls(
-            transformer=pipe.transformer, condition=condition, rotary=rotary, options=options, sequential=request.sequential_guidance
+            transformer=transformer,
+            condition=condition,
+            rotary=rope_for(transformer.config, seen, height, width, latents.device, riflex=request.riflex),
+            options=options,
+            sequential=request.sequential_guidance,
+            windows=windows,
+            skip=skip,
+            skip_steps=steps_inside(skip.interval, steps, "the interval of skip_layers") if skip else range(0),
         )
 
-    def __call__(self, latents: Tensor, embeds: Tensor, timestep: Tensor, scale: float | None, place: dict[str, int]) -> Tensor:
+    def starting_latents(self, request: Request) -> Tensor:
+        """The condition's latents (B, F, C, H, W), with the noise of the first window in all of them if the request says so.
+
+        Raises:
+            ValueError: for latents that are more than noise.
+        """
+        latents = self.condition.latents
+        if self.windows is None or request.context is None or not request.context.shuffle_noise:
+            return latents
+        if self.condition.first_step:
+            raise ValueError("shuffle_noise=True would shuffle the video that this call starts from: leave it out, or start from noise.")
+        return self.windows.reuse_noise(latents, request.generator)
+
+    def __call__(self, latents: Tensor, embeds: Tensor, timestep: Tensor, scale: float | None, place: dict[str, Any]) -> Tensor:
         """Velocity (B, F, C, H, W) in float32.
 
         Args:
             latents: (B, F, C, H, W), scaled as the scheduler wants.
-            embeds: [unconditional; conditional] (2B, L, D_text), or the conditional half alone when `scale` is None.
+            embeds: [unconditional; conditional] (2B, L, D_text); the unconditional half may be missing when `scale` is None.
             timestep: one timestep for all.
             scale: guidance scale w of this step, None for no guidance.
             place: where the loop is, for caching hooks.
@@ -96,24 +148,44 @@ class Predictor:
         Raises:
             ValueError: when `embeds` has not one entry per prediction.
         """
-        batch, x = len(latents), self.condition.model_input(latents)
-        if scale is None:
-            return self._velocity(x, embeds[-batch:], timestep, "cond_uncond", place)
-        if len(embeds) != 2 * batch:
+        if scale is not None and len(embeds) != 2 * len(latents):
             raise ValueError(
-                f"{len(embeds)} prompt embeddings for {batch} videos with guidance; 2 per video are needed. A callback that drops the "
-                "unconditional half must also set pipe._guidance_scale = 0."
+                f"{len(embeds)} prompt embeddings for {len(latents)} videos with guidance; 2 per video are needed. A callback that drops "
+                "the unconditional half must also set pipe._guidance_scale = 0."
             )
-        if self.sequential:
-            unconditional = self._velocity(x, embeds[:batch], timestep, "uncond", place)
-            conditional = self._velocity(x, embeds[batch:], timestep, "cond", place)
-        else:
-            unconditional, conditional = self._velocity(torch.cat([x, x]), embeds, timestep, "cond_uncond", place).chunk(2)
-        return guide(unconditional, conditional, scale)
+        x = self.condition.model_input(latents, place["step_index"])
+        if self.windows is None:
+            return self._guided(x, embeds, timestep, scale, place)
+        return faded(self.windows.at(place["step_index"]), x, lambda part: self._guided(part, embeds, timestep, scale, place))
 
-    def _velocity(self, x: Tensor, embeds: Tensor, timestep: Tensor, name: str, place: dict[str, int]) -> Tensor:
-        with self.transformer.cache_context(name, **place):
-            velocity = self.transformer(
+    def _guided(self, x: Tensor, embeds: Tensor, timestep: Tensor, scale: float | None, place: dict[str, Any]) -> Tensor:
+        """Velocity of model inputs (B, F, C + C', H, W), (B, F, C, H, W), with all guidance of this step."""
+        batch = len(x)
+        if scale is None:
+            # In a loop that is guided elsewhere, these passes are half as large: caching hooks must not mix them with the others.
+            name = "cond" if len(embeds) > batch else "cond_uncond"
+            conditional = prediction = self._velocity(x, embeds[-batch:], timestep, name, place)
+        else:
+            unconditional, conditional = self._halves(x, embeds, timestep, place)
+            prediction = guide(unconditional, conditional, scale)
+        if self.skip is None or place["step_index"] not in self.skip_steps:
+            return prediction
+        with self.skip.left_out(self.transformer):
+            worse = self._velocity(x, embeds[-batch:], timestep, "cond_skip", place)
+        return guide_away(prediction, conditional, worse, self.skip.scale)
+
+    def _halves(self, x: Tensor, embeds: Tensor, timestep: Tensor, place: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Velocities without and with the prompt, (B, F, C, H, W) each, in one pass or one after the other."""
+        if not self.sequential:
+            unconditional, conditional = self._velocity(torch.cat([x, x]), embeds, timestep, "cond_uncond", place).chunk(2)
+            return unconditional, conditional
+        halves = zip(embeds.chunk(2), ("uncond", "cond"), strict=True)
+        unconditional, conditional = (self._velocity(x, half, timestep, name, place) for half, name in halves)
+        return unconditional, conditional
+
+    def _velocity(self, x: Tensor, embeds: Tensor, timestep: Tensor, name: str, place: dict[str, Any]) -> Tensor:
+        def call() -> Tensor:
+            return self.transformer(
                 hidden_states=x,
                 encoder_hidden_states=embeds,
                 timestep=timestep.expand(len(x)),
@@ -121,7 +193,10 @@ class Predictor:
                 return_dict=False,
                 **self.options,
             )[0]
-        return velocity.float()
+
+        where = f"in step {place['step_index'] + 1} of {place['num_inference_steps']} (timestep {place['timestep']:g})"
+        with self.transformer.cache_context(name, **place):
+            return run_checked(self.transformer, call, where).float()
 
 
 def _call_back(pipe: Any, request: Request, index: int, timestep: Tensor, tensors: dict[str, Any]) -> None:
@@ -137,11 +212,3 @@ def _call_back(pipe: Any, request: Request, index: int, timestep: Tensor, tensor
     tensors.update(changed)
     if changed.get("negative_prompt_embeds") is not None and "prompt_embeds" not in changed:
         tensors["prompt_embeds"] = torch.cat([changed["negative_prompt_embeds"], tensors["prompt_embeds"].chunk(2)[1]])
-
-
-def _warn_if_not_finite(latents: Tensor) -> None:
-    if not torch.isfinite(latents).all():
-        logger.warning(
-            f"The latents contain NaN or infinity, so the video will be black or noise. They were computed in {latents.dtype}: "
-            "the 5B models overflow in float16; load the pipeline with dtype=torch.bfloat16 or torch.float32."
-        )

@@ -1,4 +1,4 @@
-"""The verb `info`: what a checkpoint is, read from its configs and the headers of its weight files."""
+"""The verb `info`: what a checkpoint is, read from its configs and the headers of its weight files, or what a LoRA file is."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from huggingface_hub import HfApi, parse_safetensors_file_metadata
 
 from ..options import InfoOptions
 from .folder import StoredTensor, read_header
+from .lora_info import describe_lora, is_lora_place, lora_as_text
 from .model_folder import ModelFolder, is_main_variant, weight_files
 
 __all__ = ["describe", "info"]
@@ -22,9 +23,12 @@ _SCHEDULER = ("prediction_type", "timestep_spacing", "rescale_betas_zero_snr", "
 
 
 def info(options: InfoOptions) -> str:
-    """What `cogvideox info` prints. Raises OSError for a model that is not there or not whole."""
-    facts = describe(options.model)
-    return json.dumps(facts, indent=2) if options.json else _as_text(facts)
+    """What `cogvideox info` prints. Raises OSError for a model that is not there or not whole, ValueError for a file without a LoRA."""
+    is_lora = is_lora_place(options.model)
+    facts = describe_lora(options.model) if is_lora else describe(options.model)
+    if options.json:
+        return json.dumps(facts, indent=2)
+    return lora_as_text(facts) if is_lora else _as_text(facts)
 
 
 def describe(model: str) -> dict[str, Any]:

@@ -24,9 +24,10 @@ from .folder import INDEX, check_folder, component_names, read_json
 __all__ = ["RECOMMENDATIONS", "ModelFolder", "Recommended", "is_main_variant", "weight_files"]
 
 RECOMMENDATIONS = "cogvideox.json"
-"""A file in a model folder that says how to sample from it: any of the fields of `Recommended`."""
+"""A file in a model folder that says how to sample from it: any of the fields of `Recommended`, and a map for previews."""
 
 _CLASSES = {"transformer": "CogVideoXTransformer3DModel", "vae": "AutoencoderKLCogVideoX"}
+_PREVIEW = "preview"  # key of that map
 _SAMPLED = 2**20  # bytes of each weight file that enter the fingerprint
 
 
@@ -53,6 +54,7 @@ class ModelFolder:
     path: Path
     configs: Mapping[str, Mapping[str, Any]]
     revision: str | None = None  # commit of a hub repository
+    name: str = ""  # under which it can be opened again: "demo", a repository, or an absolute path
 
     @classmethod
     def open(cls, model: str | os.PathLike[str]) -> ModelFolder:
@@ -63,14 +65,15 @@ class ModelFolder:
             OSError: for a file that is not valid JSON, or a repository that cannot be reached.
         """
         path, revision = _locate(str(model))
+        title = str(path.resolve()) if Path(model).is_dir() and model != DEMO else str(model)
         config = path / "config.json"
         if config.is_file() and not (path / INDEX).is_file():
             name = next((name for name, known in _CLASSES.items() if read_json(config).get("_class_name") == known), path.name)
-            return cls(path, {name: read_json(config)})
+            return cls(path, {name: read_json(config)}, name=title)
         if revision is None:
             check_folder(path)
         files = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
-        return cls(path, {name: read_json(path / name / files.get(name, "config.json")) for name in component_names(path)}, revision)
+        return cls(path, {name: read_json(path / name / files.get(name, "config.json")) for name in component_names(path)}, revision, title)
 
     def folder(self, component: str) -> Path:
         """Folder of one component."""
@@ -103,11 +106,19 @@ class ModelFolder:
         known = {field.name for field in fields(Recommended)}
         preset = self.preset
         base = Recommended(**{name: getattr(preset, name) for name in known}) if preset else self._read_from_configs()
+        if unknown := sorted(set(self._own) - known - {_PREVIEW}):
+            raise ValueError(f"{self.path / RECOMMENDATIONS} holds unknown keys {unknown}: known are {sorted({*known, _PREVIEW})}.")
+        return replace(base, **{name: value for name, value in self._own.items() if name != _PREVIEW})
+
+    @property
+    def preview(self) -> dict[str, Any] | None:
+        """The numbers of a `preview.PreviewMap`, where the folder's cogvideox.json has them."""
+        return self._own.get(_PREVIEW)
+
+    @cached_property
+    def _own(self) -> dict[str, Any]:
         file = self.path / RECOMMENDATIONS
-        own = read_json(file) if file.is_file() else {}
-        if unknown := sorted(set(own) - known):
-            raise ValueError(f"{file} holds unknown keys {unknown}: known are {sorted(known)}.")
-        return replace(base, **own)
+        return read_json(file) if file.is_file() else {}
 
     def _read_from_configs(self) -> Recommended:
         config = self.configs["transformer"]
@@ -127,8 +138,10 @@ class ModelFolder:
         A hash of all configs and of name, size and last MiB of every weight file: quick for files of any size. The commit, for a
         repository.
         """
-        if self.revision:
-            return self.revision
+        return self.revision or self._digest
+
+    @cached_property
+    def _digest(self) -> str:
         digest = hashlib.sha256(json.dumps(self.configs, sort_keys=True).encode())
         for component in sorted(self.configs):
             for file in weight_files(self.folder(component)):

@@ -12,8 +12,11 @@ from diffusers.utils import logging
 from torch import Tensor
 
 from ..geometry import Geometry
-from .guidance import dynamic_rule
+from .guidance import Interval, check_interval, dynamic_rule
+from .journal import Journal
 from .prompts import PromptInputs
+from .skip_layers import SkipLayers
+from .windows import ContextWindows
 
 __all__ = ["OUTPUT_TYPES", "Request"]
 
@@ -36,7 +39,9 @@ class Request:
     timesteps: list[int] | None = None
     guidance_scale: float = 6.0
     use_dynamic_cfg: bool | str = False
+    guidance_interval: Interval = (0.0, 1.0)
     sequential_guidance: bool = False
+    skip_layers: SkipLayers | None = None
     zero_unconditional: bool = False
     num_videos_per_prompt: int = 1
     eta: float = 0.0
@@ -48,10 +53,14 @@ class Request:
     callback_on_step_end: StepCallback | None = None
     callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",)
     max_sequence_length: int = 226
+    context: ContextWindows | None = None
+    riflex: bool = False
+    journal: Journal | None = None
 
     def __post_init__(self) -> None:
         """Raise ValueError for whatever can be told wrong without a model."""
         dynamic_rule(self.use_dynamic_cfg)
+        check_interval(self.guidance_interval, "guidance_interval")
         if self.output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type={self.output_type!r} is unknown: use one of {OUTPUT_TYPES}.")
         for name in ("num_videos_per_prompt", "max_sequence_length"):
@@ -66,10 +75,16 @@ class Request:
         negative = inputs.negative_prompt is not None or inputs.negative_prompt_embeds is not None
         if self.zero_unconditional and negative:
             raise ValueError("zero_unconditional=True leaves no place for a negative prompt: pass one of the two.")
-        if self.guidance_scale <= 1 and (negative or self.use_dynamic_cfg or self.zero_unconditional):
+
+    def _warn_without_guidance(self) -> None:
+        """Log which arguments have no effect because guidance is off."""
+        inputs = self.inputs
+        negative = inputs.negative_prompt is not None or inputs.negative_prompt_embeds is not None
+        limited = self.guidance_interval != (0.0, 1.0)
+        if self.guidance_scale <= 1 and (negative or self.use_dynamic_cfg or self.zero_unconditional or limited):
             logger.warning(
-                f"guidance_scale={self.guidance_scale} turns guidance off: negative prompts, use_dynamic_cfg and zero_unconditional have "
-                "no effect."
+                f"guidance_scale={self.guidance_scale} turns guidance off: negative prompts, use_dynamic_cfg, guidance_interval and "
+                "zero_unconditional have no effect."
             )
 
     @classmethod
@@ -82,17 +97,45 @@ class Request:
         if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
             given["callback_on_step_end_tensor_inputs"] = callback.tensor_inputs
         inputs = PromptInputs(**{field.name: given.get(field.name) for field in fields(PromptInputs)})
-        return cls(inputs=inputs, **{field.name: given[field.name] for field in fields(cls) if field.name in given})
+        request = cls(inputs=inputs, **{field.name: given[field.name] for field in fields(cls) if field.name in given})
+        request._warn_without_guidance()
+        return request
 
     @property
     def count(self) -> int:
         """Number of videos B that one call makes."""
         return self.inputs.count * self.num_videos_per_prompt
 
+    @property
+    def steps(self) -> int:
+        """Number of steps: as many as there are custom timesteps, or as asked for."""
+        return self.num_inference_steps if self.timesteps is None else len(self.timesteps)
+
     def check_size(self, geometry: Geometry) -> None:
-        """Raise ValueError, naming the nearest legal value, for a frame count or size that the model cannot make exactly."""
-        geometry.check_frames(self.num_frames)
-        geometry.check_size(self.height, self.width)
+        """Raise ValueError, naming the nearest legal value, for a frame count or size that cannot be made, cropped if need be.
+
+        Latents cannot be cropped: there the count and the size must be the model's own.
+        """
+        if self.context is not None:
+            self.context.shared_frames(geometry)
+        geometry.padded_frames(self.num_frames)
+        geometry.padded_size(self.height, self.width)
+        if self.output_type != "latent":
+            return
+        try:
+            geometry.check_frames(self.num_frames)
+            geometry.check_size(self.height, self.width)
+        except ValueError as error:
+            raise ValueError(f"output_type='latent' cannot be cropped to what was asked for: {error}") from error
+
+    def report_size(self, geometry: Geometry) -> None:
+        """Log what is generated where it is not exactly what was asked for, but cropped to it."""
+        frames, size = geometry.padded_frames(self.num_frames), geometry.padded_size(self.height, self.width)
+        if (frames, *size) != (self.num_frames, self.height, self.width):
+            logger.info(
+                f"Generating {frames} frames of {size[0]}x{size[1]}, the next that the model can make, and cropping them to "
+                f"{self.num_frames} frames of {self.height}x{self.width}."
+            )
 
     def check_callback(self, names: Sequence[str]) -> None:
         """Raise ValueError when the callback asks for tensors other than `names`."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..schedulers.noise import make_alphas_cumprod, make_betas
 
-__all__ = ["Stepper", "check_scheduler", "make_stepper", "set_timesteps", "shifted_config"]
+__all__ = ["Stepper", "check_scheduler", "flow_level", "make_stepper", "set_timesteps", "shifted_config"]
 
 Stepper = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(prediction, timestep, latents (B, F, C, H, W)) -> latents at the next timestep."""
@@ -80,6 +80,18 @@ def set_timesteps(scheduler: Any, steps: int, timesteps: list[int] | None, devic
         raise ValueError(f"num_inference_steps={steps} is not possible: it must be between 1 and {limit}.")
     scheduler.set_timesteps(steps, device=device)
     return scheduler.timesteps
+
+
+def flow_level(scheduler: Any, timestep: float) -> float | None:
+    """Noise level s at a timestep in the terms of flow matching, for caching hooks; None for a scheduler without noise table.
+
+    x = alpha x_0 + sigma eps, divided by alpha + sigma, is (1 - s) x_0 + s eps with s = sigma / (alpha + sigma): 0 is clean, 1 noise.
+    """
+    table = getattr(scheduler, "alphas_cumprod", None)
+    if table is None:
+        return None
+    abar = float(table[int(timestep)])
+    return (1 - abar) ** 0.5 / (abar**0.5 + (1 - abar) ** 0.5)
 
 
 def make_stepper(scheduler: Any, *, eta: float, generator: torch.Generator | list[torch.Generator] | None) -> Stepper:

@@ -1,31 +1,36 @@
-"""Everything that a video depends on besides its prompt and seed: chosen, checked, written down, and applied to a pipeline."""
+"""Everything that a video depends on besides prompt, seed and source files: chosen, checked, written down, and applied to a pipeline."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, get_args
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 import torch
 
 from ..options import DEMO, Precision, Sampler, SamplingOptions
 from ..schedulers.scheduler import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
+from .base import CogVideoXPipelineBase
 from .model_folder import ModelFolder
-from .pipeline import CogVideoXPipeline
+from .routes import PIPELINES, choose_pipeline, takes_frames
+from .sources import LoraFile
 
-__all__ = ["Settings", "choose_settings", "load_pipeline", "make_videos", "to_uint8", "with_sampler"]
+__all__ = ["Settings", "check_settings", "choose_settings", "load_pipeline", "make_videos", "prepared", "to_uint8", "with_sampler"]
+
+AnyPipeline = TypeVar("AnyPipeline", bound=CogVideoXPipelineBase)
 
 _SAMPLERS = {"ddim": CogVideoXDDIMScheduler, "dpm": CogVideoXDPMScheduler}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """All settings of one video. Two runs with equal settings, prompt and seed on one machine give the same video."""
+    """All settings of one video. Two runs with equal settings, prompt, seed and sources on one machine give the same video."""
 
     model: str  # folder, hub repository, or "demo"
     fingerprint: str  # of the model's files, see ModelFolder.fingerprint
+    pipeline: str = "CogVideoXPipeline"  # class name
+    loras: tuple[LoraFile, ...] = ()
     sampler: str
     num_inference_steps: int
     guidance_scale: float
@@ -34,34 +39,41 @@ class Settings:
     height: int  # pixels
     width: int  # pixels
     num_frames: int
-    fps: int
+    fps: float
     max_sequence_length: int  # text tokens
     dtype: str
     device: str
 
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Settings:
+        """The inverse of `dataclasses.asdict`. Raises KeyError, TypeError for anything else."""
+        return cls(**{**content, "loras": tuple(map(LoraFile.from_json, content.get("loras", ())))})
+
     def call_arguments(self) -> dict[str, Any]:
         """The settings that are arguments of the pipeline's `__call__`."""
-        elsewhere = ("model", "fingerprint", "sampler", "fps", "dtype", "device")
-        return {name: value for name, value in asdict(self).items() if name not in elsewhere}
+        elsewhere = {"model", "fingerprint", "pipeline", "loras", "sampler", "fps", "dtype", "device"}
+        elsewhere |= set() if takes_frames(PIPELINES[self.pipeline]) else {"num_frames"}
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in elsewhere}
 
 
-def choose_settings(options: SamplingOptions, model: str, **chosen: Any) -> Settings:
+def choose_settings(options: SamplingOptions, model: str | ModelFolder, files: Sequence[str] = (), **chosen: Any) -> Settings:
     """The checkpoint's recommendations, overridden by the options and by `chosen` (fields of Settings); None leaves a choice open.
 
-    Everything that can be checked without loading weights is checked.
+    `files` are the names of what the video starts from, one of `options.COMBINATIONS`. Everything that can be checked without loading
+    weights is checked.
 
     Raises:
         ValueError: for settings that the model, the device or the precision cannot do; the message names what is possible.
         OSError: for a model that is not there or not whole.
     """
-    folder = ModelFolder.open(model)
-    _check_task(folder)
+    folder = model if isinstance(model, ModelFolder) else ModelFolder.open(model)
+    _check_whole(folder)
+    pipeline = choose_pipeline(folder.configs["transformer"], folder.name, files)
     device = check_device(options.device)
     flags = {"sampler": options.sampler, "num_inference_steps": options.steps, "guidance_scale": options.guidance_scale} | chosen
     values: dict[str, Any] = asdict(folder.recommended) | {name: value for name, value in flags.items() if value is not None}
     values["dtype"] = options.dtype or _native_dtype(values["dtype"], device)
-    name = str(folder.path.resolve()) if Path(model).is_dir() and model != DEMO else model
-    settings = Settings(model=name, fingerprint=folder.fingerprint(), device=device, **values)
+    settings = Settings(model=folder.name, fingerprint=folder.fingerprint(), pipeline=pipeline.__name__, device=device, **values)
     check_settings(settings, folder)
     return settings
 
@@ -71,8 +83,10 @@ def check_settings(settings: Settings, folder: ModelFolder) -> None:
     for flag, value, choices in (("--sampler", settings.sampler, get_args(Sampler)), ("--dtype", settings.dtype, get_args(Precision))):
         if value not in choices:
             raise ValueError(f"{flag} {value} is unknown: it must be one of {', '.join(choices)}.")
-    folder.geometry.check_size(settings.height, settings.width)
-    folder.geometry.check_frames(settings.num_frames)
+    folder.geometry.padded_size(settings.height, settings.width)
+    folder.geometry.padded_frames(settings.num_frames)
+    if settings.height % 2 or settings.width % 2:
+        raise ValueError(f"--size {settings.height}x{settings.width} is not possible: a video file (yuv420p) needs even sizes.")
     limit = folder.configs["scheduler"]["num_train_timesteps"]
     if not 1 <= settings.num_inference_steps <= limit:
         raise ValueError(f"--steps {settings.num_inference_steps} is not possible: it must be between 1 and {limit}.")
@@ -94,21 +108,31 @@ def check_device(device: str | None) -> str:
     return device
 
 
-def load_pipeline(settings: Settings) -> CogVideoXPipeline:
-    """The pipeline with its weights, precision, device and sampler as the settings say.
+def load_pipeline(settings: Settings) -> Any:
+    """The pipeline of the class that the settings name, with its weights, LoRAs, precision, device and sampler as they say.
 
     Raises:
         OSError: for weights that are missing, corrupt, or not those of the model.
+        ValueError: for a LoRA that does not fit the model.
     """
     source = ModelFolder.open(DEMO).path if settings.model == DEMO else settings.model
-    pipe = CogVideoXPipeline.from_pretrained(source, dtype=getattr(torch, settings.dtype))
-    return with_sampler(pipe.to(settings.device), settings.sampler)
+    pipe = PIPELINES[settings.pipeline].from_pretrained(source, dtype=getattr(torch, settings.dtype)).to(settings.device)
+    for number, lora in enumerate(settings.loras):
+        pipe.load_lora_weights(lora.file.path, adapter_name=f"lora{number}", lora_alpha=lora.alpha)
+    if settings.loras:
+        pipe.set_adapters([f"lora{number}" for number in range(len(settings.loras))], [lora.scale for lora in settings.loras])
+    return with_sampler(pipe, settings.sampler)
 
 
-def make_videos(pipe: CogVideoXPipeline, prompts: list[str], seeds: Sequence[int], settings: Settings, **options: Any) -> np.ndarray:
+def prepared(pipe: CogVideoXPipelineBase, settings: Settings) -> Any:
+    """The pipeline class and the sampler of the settings over the components of `pipe`, which must be those of their model."""
+    return with_sampler(PIPELINES[settings.pipeline](**pipe.components), settings.sampler)
+
+
+def make_videos(pipe: Any, prompts: list[str], seeds: Sequence[int], settings: Settings, **options: Any) -> np.ndarray:
     """One video for each prompt and seed, in one batch: uint8 (B, F, H, W, 3). `options` are further arguments of the pipeline."""
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    frames = pipe(prompts, generator=generators, output_type="np", **settings.call_arguments(), **options)[0]
+    frames = pipe(prompt=prompts, generator=generators, output_type="np", **settings.call_arguments(), **options)[0]
     return to_uint8(frames)
 
 
@@ -117,10 +141,10 @@ def to_uint8(frames: np.ndarray) -> np.ndarray:
     return np.rint(frames * 255).astype(np.uint8)
 
 
-def with_sampler(pipe: CogVideoXPipeline, sampler: str, **components: Any) -> CogVideoXPipeline:
+def with_sampler(pipe: AnyPipeline, sampler: str, **components: Any) -> AnyPipeline:
     """A pipeline over the same components with this sampler, and with `components` exchanged; `pipe` stays as it is."""
     scheduler = _SAMPLERS[sampler].from_config(pipe.scheduler.config)
-    return CogVideoXPipeline(**{**pipe.components, "scheduler": scheduler, **components})
+    return type(pipe)(**{**pipe.components, "scheduler": scheduler, **components})
 
 
 def _native_dtype(recommended: str, device: str) -> str:
@@ -128,12 +152,8 @@ def _native_dtype(recommended: str, device: str) -> str:
     return "bfloat16" if recommended == "float16" and torch.device(device).type == "cpu" else recommended
 
 
-def _check_task(folder: ModelFolder) -> None:
-    """Raise ValueError unless the folder holds a text-to-video pipeline."""
+def _check_whole(folder: ModelFolder) -> None:
+    """Raise ValueError unless the folder holds all parts of a pipeline."""
     lacking = sorted({"transformer", "vae", "text_encoder", "tokenizer", "scheduler"} - set(folder.configs))
     if lacking:
         raise ValueError(f"{folder.path} lacks {', '.join(lacking)}: a whole pipeline folder is needed.")
-    config = folder.configs["transformer"]
-    if config["in_channels"] != config["out_channels"]:
-        task = folder.preset.pipeline if folder.preset else "another pipeline"
-        raise ValueError(f"{folder.path} is no text-to-video model ({config['in_channels']} input channels): it belongs to {task}.")

@@ -188,6 +188,16 @@ class CogVideoXScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             raise ValueError(f"timestep {int(timestep)} is not on the grid {shorten(list(self._position_of))}: pass one of `timesteps`.")
         return position
 
+    def history(self) -> dict[str, torch.Tensor]:
+        """What a later step needs to know of the steps before, by name; empty before the first."""
+        known = {"step_index": self._step_index, "previous_clean": self._previous_clean}
+        return {name: torch.as_tensor(value) for name, value in known.items() if value is not None}
+
+    def load_history(self, history: Mapping[str, torch.Tensor]) -> None:
+        """Go on after the steps that `history()` comes from, on the same grid."""
+        self._step_index = int(history["step_index"]) if "step_index" in history else None
+        self._previous_clean = history.get("previous_clean")
+
     # --- sampling -----------------------------------------------------------------------------------------------------
 
     def scale_model_input(self, sample: torch.Tensor, timestep: int | torch.Tensor | None = None) -> torch.Tensor:  # noqa: ARG002

@@ -15,6 +15,7 @@ _READ_BY = {
     "scheduler": ("transformer",),
     "init_from": ("vae", "transformer"),
     "channels_last": ("vae",),
+    "evaluate_prompts": ("transformer",),
     "data.clips": ("transformer",),
     "stages.crop": ("vae",),
 }
@@ -119,6 +120,8 @@ class TrainConfig:
     """Steps between checkpoints; a run resumes exactly from the newest one when started again."""
     keep_checkpoints: int = 2
     """How many checkpoints to keep."""
+    evaluate_prompts: int = 0
+    """At every checkpoint, measure the averaged weights on this many held-out prompts (transformer only)."""
     log_every: int = 20
     """Steps between lines of metrics.jsonl."""
 

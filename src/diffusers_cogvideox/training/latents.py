@@ -28,11 +28,20 @@ def latent_statistics(latents: Tensor) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def encode_clips(vae: AutoencoderKLCogVideoX, world: MovingShapes, count: int, *, batch_size: int = 16) -> Tensor:
-    """Latents (N, F, C, H, W) float16 of the first `count` samples of `world`: the posterior's mean, unscaled."""
+def encode_clips(
+    vae: AutoencoderKLCogVideoX, world: MovingShapes, span: range, *, first_frame: bool = False, bf16: bool = False, batch_size: int = 16
+) -> Tensor:
+    """Latents (N, F, C, H, W) float16 of the samples of `world` numbered in `span`: the posterior's mean, unscaled.
+
+    With `first_frame`, of the first frame alone, encoded as a picture: what an image-to-video model is shown (F = 1). `bf16` runs
+    convolutions in bfloat16.
+    """
     parts = []
-    for start in tqdm(range(0, count, batch_size), desc=f"encoding {world.frames}-frame clips", mininterval=5):
-        videos, _, _ = world.batch(start, min(batch_size, count - start))
-        video = torch.from_numpy(videos).movedim(-1, 1).to(vae.device, vae.dtype)
-        parts.append(vae.encode(video).latent_dist.mode().transpose(1, 2).half().cpu())
+    title = f"encoding {'first frames' if first_frame else f'{world.frames}-frame clips'}"
+    for start in tqdm(range(span.start, span.stop, batch_size), desc=title, mininterval=5):
+        videos, _, _ = world.batch(start, min(batch_size, span.stop - start))
+        video = torch.from_numpy(videos[:, :1] if first_frame else videos).movedim(-1, 1).to(vae.device, vae.dtype)
+        with torch.autocast(video.device.type, torch.bfloat16, enabled=bf16):
+            latents = vae.encode(video).latent_dist.mode()
+        parts.append(latents.transpose(1, 2).half().cpu())
     return torch.cat(parts)

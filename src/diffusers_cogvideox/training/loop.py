@@ -84,8 +84,7 @@ def run(config: TrainConfig, task: Task, on_checkpoint: Checkpoint | None = None
                 if training.done % config.checkpoint_every == 0 or training.done == config.total_steps:
                     training.save(config.keep_checkpoints)
                     if on_checkpoint is not None:
-                        with training.averaged() as model:
-                            on_checkpoint(training.done, model)
+                        training.show(on_checkpoint)
     except KeyboardInterrupt:
         training.save(config.keep_checkpoints)
         logger.warning("stopped at step %d of %d; start the same command again to go on", training.done, config.total_steps)
@@ -170,6 +169,15 @@ class _Training:
             yield self.model
         finally:
             self.ema.restore(self.model.parameters())
+
+    def show(self, on_checkpoint: Checkpoint) -> None:
+        """Hand the averaged model to the callback, in the main process, while the others wait."""
+        if self.is_main:
+            with self.averaged() as model:
+                model.eval()
+                on_checkpoint(self.done, model)
+                model.train()
+        self.accelerator.wait_for_everyone()
 
     def save(self, keep: int) -> None:
         """Write checkpoint-<step>, under another name first, so that an interrupted write is never taken for a checkpoint."""

@@ -59,12 +59,23 @@ class DiffusionObjective(Objective):
         self.alphas_cumprod = alphas_cumprod
 
     def forward(
-        self, latents: Tensor, text: Tensor, timesteps: Tensor, noise: Tensor, rotary: tuple[Tensor, Tensor] | None
+        self,
+        latents: Tensor,
+        text: Tensor,
+        timesteps: Tensor,
+        noise: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        extra: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """latents, noise (B, F, C, H, W), already scaled; text (B, L, D); timesteps (B,) -> loss (scalar), per_sample (B,)."""
+        """latents, noise (B, F, C, H, W), already scaled; text (B, L, D); timesteps (B,) -> loss (scalar), per_sample (B,).
+
+        `extra` (B, F, C', H, W) joins the noised latents on the channel axis: the image of an image-to-video model.
+        """
         alpha, sigma = signal_and_noise(self.alphas_cumprod, timesteps, latents)
         velocity = to_velocity(latents, noise, alpha, sigma)
-        prediction = self.model(add_noise(latents, noise, alpha, sigma), text, timesteps, image_rotary_emb=rotary, return_dict=False)[0]
+        noised = add_noise(latents, noise, alpha, sigma)
+        seen = noised if extra is None else torch.cat([noised, extra], dim=2)
+        prediction = self.model(seen, text, timesteps, image_rotary_emb=rotary, return_dict=False)[0]
         per_sample = (prediction.float() - velocity).square().flatten(1).mean(1)
         return {"loss": per_sample.mean(), "per_sample": per_sample}
 

@@ -25,12 +25,29 @@ def start_model(cls: type[Model], config: TrainConfig, initialize: Callable[[Mod
     torch.manual_seed(config.seed)
     if config.init_from:
         model = cls.from_pretrained(config.init_from)
+        model = _with_inputs(model, config.model.get("in_channels"))
         _check_same(config.model, model.config, config.init_from)
     else:
         check_keys("model", config.model, signature(cls).parameters)
         model = cls(**config.model)
         initialize(model)
     return model.train()
+
+
+def _with_inputs(model: Model, in_channels: int | None) -> Model:
+    """`model`, or with more input channels a copy that ignores them at first: its patch embedding has zeros for them.
+
+    That is how an image-to-video model starts from a text-to-video model (paper section 2.3): it makes the same videos.
+    """
+    added = (in_channels or 0) - model.config.in_channels
+    if added <= 0 or getattr(model.config, "patch_size_t", None):
+        return model
+    state = model.state_dict()
+    weight = state["patch_embed.proj.weight"]  # (D, C, p, p)
+    state["patch_embed.proj.weight"] = torch.cat([weight, weight.new_zeros(len(weight), added, *weight.shape[2:])], dim=1)
+    wider = type(model).from_config({**model.config, "in_channels": in_channels})
+    wider.load_state_dict(state)
+    return wider
 
 
 def _check_same(given: Mapping[str, Any], found: Mapping[str, Any], folder: str) -> None:

@@ -24,8 +24,10 @@ from ..schedulers.scheduler import CogVideoXScheduler
 from .config import DataOptions, TrainConfig
 from .latents import encode_clips
 from .objectives import DiffusionObjective, loss_by_bucket, stratified_timesteps
+from .processes import ALONE, Share, gather_parts, process_state
 from .start import start_model
 from .text_encoder import tokenize
+from .vae import use_channels_last
 
 __all__ = ["TransformerTask"]
 
@@ -36,15 +38,19 @@ Rotary = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class _Clips:
-    """Encoded clips of one length: latents (N, F, C, H, W) in half precision; clip i is sample i of `world`."""
+    """Encoded clips of one length: latents (N, F, C, H, W) in half precision, scaled; clip i is sample i of `world`.
+
+    `images` (N, 1, C, H, W) are their first frames, encoded as pictures, where the model is shown one.
+    """
 
     world: MovingShapes
     latents: Tensor
+    images: Tensor | None
     rotary: Rotary | None
 
 
 class TransformerTask:
-    """Latents of rendered clips, noised; their captions; v-prediction."""
+    """Latents of rendered clips, noised; their captions; v-prediction. A model with twice the channels also sees the first frame."""
 
     def __init__(self, config: TrainConfig) -> None:
         if config.vae is None or config.text_encoder is None or config.data.clips is None:
@@ -55,38 +61,55 @@ class TransformerTask:
         scheduler = CogVideoXScheduler(**PRESETS["5b"].scheduler | config.scheduler)
         self.train_timesteps = scheduler.config.num_train_timesteps
         self.transformer = transformer = start_model(CogVideoXTransformer3DModel, config, initialize_for_training)
+        self.shows_image = _shows_image(transformer.config)
         self.clips = self._encode(config.vae, transformer.config)
-        self.text_dropout = config.objective_options(text_dropout=0.1)["text_dropout"]
+        options = config.objective_options(text_dropout=0.1, image_dropout=0.05)
+        self.text_dropout, self.image_dropout = options["text_dropout"], options["image_dropout"]
         self.objective = DiffusionObjective(transformer, scheduler.alphas_cumprod)
 
     def _encode(self, folder: str, model: Mapping[str, Any]) -> dict[int, _Clips]:
-        """Clips of every length that the stages ask for, scaled; encoded once and kept in the run folder."""
+        """Clips of every length that the stages ask for, scaled; encoded once, by all processes together, and kept in the run folder."""
         vae = AutoencoderKLCogVideoX.from_pretrained(folder).eval()
+        if self.config.mixed_precision == "bf16":
+            use_channels_last(vae)  # convolutions in bfloat16 are several times as fast then
         clips = {}
         for frames in sorted({stage.frames for stage in self.config.stages}):
             world = _world(self.config.data, frames)
-            path = Path(self.config.output) / f"latents_{frames}.safetensors"
-            if not path.exists():
-                with atomic_path(path) as partial:
-                    save_file({"latents": encode_clips(vae, world, self.config.data.clips or 0)}, partial)
-            latents = load_file(path)["latents"] * vae.config.scaling_factor
-            clips[frames] = _Clips(world, latents, rope_for(model, latents.shape[1], *latents.shape[-2:]))
+            latents = self._encoded(vae, world, f"latents_{frames}")
+            images = self._encoded(vae, world, f"images_{frames}", first_frame=True) if self.shows_image else None
+            clips[frames] = _Clips(world, latents, images, rope_for(model, latents.shape[1], *latents.shape[-2:]))
         return clips
 
-    def batch(self, step: int) -> dict[str, Any]:
-        """The diffusion objective's arguments for optimiser step `step`."""
+    def _encoded(self, vae: AutoencoderKLCogVideoX, world: MovingShapes, name: str, **what: bool) -> Tensor:
+        """Scaled latents of all clips from the run folder's file of this name, which is made when it is absent."""
+        path, share, count = Path(self.config.output) / f"{name}.safetensors", Share.current(), self.config.data.clips or 0
+        if not path.exists():
+            part, bf16 = share.of(count), self.config.mixed_precision == "bf16"
+            latents = gather_parts(encode_clips(vae, world, range(part.start, part.stop), bf16=bf16, **what), share)
+            if share.rank == 0:
+                with atomic_path(path) as partial:
+                    save_file({"latents": latents}, partial)
+            process_state().wait_for_everyone()
+        return load_file(path)["latents"] * vae.config.scaling_factor
+
+    def batch(self, step: int, share: Share = ALONE) -> dict[str, Any]:
+        """The diffusion objective's arguments: this share of optimiser step `step`."""
         config, stage = self.config, self.config.stage_at(step)
-        clips, rng = self.clips[stage.frames], np.random.default_rng((config.seed, config.data.seed, step))
+        clips, rng, part = self.clips[stage.frames], np.random.default_rng((config.seed, config.data.seed, step)), share.of(stage.batch_size)
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         index = rng.integers(len(clips.latents), size=stage.batch_size)
         captions = [clips.world.describe(int(i), rng)[1] if rng.random() >= self.text_dropout else "" for i in index]
-        latents = clips.latents[torch.from_numpy(index)].float()
+        chosen = torch.from_numpy(index)
+        timesteps = stratified_timesteps(stage.batch_size, self.train_timesteps, generator)
+        noise = torch.randn((stage.batch_size, *clips.latents.shape[1:]), generator=generator)
+        shown = torch.from_numpy(rng.random(stage.batch_size) >= self.image_dropout)
         return {
-            "latents": latents,
-            "text": self._embed(captions),
-            "timesteps": stratified_timesteps(stage.batch_size, self.train_timesteps, generator),
-            "noise": torch.randn(latents.shape, generator=generator),
+            "latents": clips.latents[chosen[part]].float(),
+            "text": self._embed(captions[part]),
+            "timesteps": timesteps[part],
+            "noise": noise[part],
             "rotary": clips.rotary,
+            "extra": None if clips.images is None else image_channels(clips.images[chosen[part]].float(), noise.shape[1], shown[part]),
         }
 
     @torch.no_grad()
@@ -102,6 +125,24 @@ class TransformerTask:
     def metrics(self, batch: Mapping[str, Any], result: Mapping[str, Tensor]) -> dict[str, float]:
         """Loss by timestep range."""
         return dict(loss_by_bucket(result["per_sample"].detach(), batch["timesteps"], self.train_timesteps))
+
+
+def _shows_image(model: Mapping[str, Any]) -> bool:
+    """Whether a transformer of this config reads an image beside the latents. Raises ValueError for other extra channels."""
+    channels, extra = model["out_channels"], model["in_channels"] - model["out_channels"]
+    if extra not in (0, channels):
+        raise ValueError(
+            f"in_channels={model['in_channels']} with out_channels={channels} cannot be trained here: "
+            f"{channels} is text to video, {2 * channels} is image to video."
+        )
+    return bool(extra)
+
+
+def image_channels(images: Tensor, frames: int, shown: Tensor) -> Tensor:
+    """The extra channels (B, F, C, H, W) of an image-to-video model: images (B, 1, C, H, W) at the first frame where `shown` (B,), else zeros."""
+    channels = images.new_zeros((len(images), frames, *images.shape[2:]))
+    channels[:, :1] = images * shown[:, None, None, None, None]
+    return channels
 
 
 def _world(data: DataOptions, frames: int) -> MovingShapes:

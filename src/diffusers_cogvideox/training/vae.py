@@ -60,7 +60,7 @@ class VAETask:
         """The VAE with the scaling factor of its own latents, and their statistics beside it."""
         vae = self.objective.model
         world = MovingShapes(self.config.data.seed, objects=self.config.data.objects)
-        statistics = latent_statistics(encode_clips(vae.eval(), world, _STATISTICS_CLIPS))
+        statistics = latent_statistics(encode_clips(vae.eval(), world, range(_STATISTICS_CLIPS)))
         vae.register_to_config(scaling_factor=round(statistics["scaling_factor"], 6))
         vae.save_pretrained(folder)
         (folder / "latent_statistics.json").write_text(json.dumps(statistics, indent=2) + "\n", encoding="utf8")

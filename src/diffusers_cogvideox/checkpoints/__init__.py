@@ -1,0 +1,1 @@
+"""Weight files of other layouts, as names and tensors: reversible key rules, safe reading, and LoRA."""

@@ -1,0 +1,128 @@
+"""Video from a text and parts of the video: first frame, last frame, or what a mask leaves, with the CogVideoX-Fun InP models."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from .base import CogVideoXPipelineBase
+from .call import task_call
+from .conditioning import Condition
+from .encoding import broadcast, encode_sources, encode_video
+from .framing import pad_video
+from .fun_condition import fun_condition, lasting
+from .fun_mask import BLACK, frames_between, kept_latents, load_mask, masked
+from .inputs import Fit, load_image, load_video
+from .output import CogVideoXPipelineOutput
+from .request import Request
+from .task import check_task
+
+__all__ = ["CogVideoXFunInpaintPipeline"]
+
+TRAINED_NOISE = 0.0563
+"""Noise on kept pixels that VideoX-Fun samples with, for models trained with such noise."""
+
+
+class CogVideoXFunInpaintPipeline(CogVideoXPipelineBase):
+    """Image to video, interpolation and inpainting: loads CogVideoX-Fun InP, and models of 2C + 1 input channels like them.
+
+    The extra channels are the mask, at the size of the latents, and the latents of the masked video, the mean of the VAE's
+    posterior; `fun_mask` says how they are made. Without pictures or video this is text to video.
+    """
+
+    model_cpu_offload_seq = "text_encoder->vae->transformer->vae"  # type: ignore[assignment]
+    _encodes_pixels = True
+
+    @task_call(without=("num_frames",), num_frames="width")
+    def __call__(
+        self,
+        request: Request,
+        *,
+        num_frames: int | None = None,
+        image: Any = None,
+        last_image: Any = None,
+        video: Any = None,
+        mask_video: Any = None,
+        image_noise: float | None = None,
+        fit: Fit = "stretch",
+    ) -> CogVideoXPipelineOutput | tuple[Any]:
+        """Make videos that contain given pictures, or the part of a video that a mask leaves.
+
+        num_frames: any number; by default as trained, or as many as `video` has. A longer video is cut.
+        image: the first frame: one for all prompts or one for each, as a path, PIL image, array (H, W, 3) or tensor
+            (3, H, W) in [0, 1], or a list of such.
+        last_image: the last frame, likewise. With both, what lies between is made.
+        video: a video of which a part is kept: a path, a list of frames, an array (F, H, W, 3) or a tensor (F, 3, H, W) in
+            [0, 1], or a list of such.
+        mask_video: what of it is to be made, in white; as many frames as `video`, or one picture for all of them.
+        image_noise: standard deviation of noise on what is kept, in [-1, 1] pixels: 0.0563 by default for models whose config
+            has `add_noise_in_inpaint_model`, which were trained with some, and 0 for others.
+        fit: how pictures of another shape are made to fit: "stretch", "cover" (crop the middle) or "contain" (pad with black).
+        """
+        check_task(self.transformer.config, "inpaint")
+        noise = self._noise_level(image_noise)
+        self.geometry.padded_size(request.height, request.width)  # raises before files are read
+        if video is None and mask_video is None:
+            request = request if num_frames is None else replace(request, num_frames=num_frames)
+            request.check_size(self.geometry)
+            clip, mask = _from_pictures(request, image, last_image, fit)
+        elif video is None or mask_video is None or image is not None or last_image is not None:
+            raise ValueError(
+                "video and mask_video belong together, and take the place of image and last_image: pass one pair or the other."
+            )
+        else:
+            clip = load_video(video, request.height, request.width, fit)
+            mask = load_mask(mask_video, request.height, request.width, clip.shape[2], fit)
+            request = lasting(request, num_frames, clip.shape[2], name="video")
+            clip, mask = (part[:, :, : request.num_frames] for part in (clip, mask))
+
+        def inpainted(_: Tensor, like: Tensor) -> Condition:
+            start = fun_condition(self, request, like)
+            return replace(start, extra=self._known_channels(clip, mask, request, noise, start.latents))
+
+        return self.generate(request, inpainted)
+
+    def _noise_level(self, image_noise: float | None) -> float:
+        if image_noise is None:
+            return TRAINED_NOISE if self.transformer.config.get("add_noise_in_inpaint_model") else 0.0
+        if not 0 <= image_noise < math.inf:
+            raise ValueError(f"image_noise={image_noise} is not possible: it is a standard deviation, 0 or more.")
+        return image_noise
+
+    def _known_channels(self, clip: Tensor, mask: Tensor, request: Request, noise: float, latents: Tensor) -> Tensor:
+        """Mask and masked video as channels (B, f, 1 + C, h, w) beside the latents (B, f, C, h, w).
+
+        Args:
+            clip: (1 or prompts, 3, F, H, W).
+            mask: (1 or prompts, 1, F, H, W).
+            request: number of prompts and videos, source of the noise.
+            noise: its standard deviation.
+            latents: for their shape, dtype and device.
+        """
+        _, frames, _, *size = latents.shape
+        clip, mask = (pad_video(part, self.geometry, whole_patches=True).to(latents.device) for part in (clip, mask))
+        anything_kept = (mask < 0.5).flatten(1).any(dim=1).to(latents)[:, None, None, None, None]
+        kept = broadcast(kept_latents(mask, frames, *size), request, name="mask_video").to(latents)
+        known = self._encode_known(masked(clip, mask), request, noise).to(latents)
+        channels = torch.cat([kept, known], dim=2) * self.vae_scaling_factor_image
+        return channels * broadcast(anything_kept, request, name="mask_video")
+
+    def _encode_known(self, pixels: Tensor, request: Request, noise: float) -> Tensor:
+        """Unscaled latents (B, f, C, h, w) of masked videos (1 or prompts, 3, F, H, W), with noise on all that is not black."""
+        if not noise:
+            return encode_sources(self.vae, pixels, request, name="image or video", sample=False)
+        pixels = broadcast(pixels, request, name="image or video")
+        eps = randn_tensor(pixels.shape, generator=request.generator, device=pixels.device, dtype=pixels.dtype)
+        return encode_video(self.vae, torch.where(pixels == BLACK, pixels, pixels + noise * eps), sample=False)
+
+
+def _from_pictures(request: Request, image: Any, last_image: Any, fit: Fit) -> tuple[Tensor, Tensor]:
+    """Video (B, 3, F, H, W) and mask (1, 1, F, H, W) of a request that knows its first or last frame, or neither."""
+    size = request.height, request.width
+    first, last = (None if picture is None else load_image(picture, *size, fit) for picture in (image, last_image))
+    return frames_between(first, last, request.num_frames, *size)

@@ -1,0 +1,107 @@
+"""The mask of the CogVideoX-Fun inpainting models: what is kept, what is to be made, and how both reach the transformer.
+
+All conventions are those of VideoX-Fun's sampling code (`pipeline_cogvideox_fun_inpaint.py`) and of its training code, which
+agree. In pixels a mask is 1 where something is to be made, 0 where the video is kept; pixels to be made are black. To the
+transformer the mask is shown the other way round, 1 where the video is kept, and multiplied with the VAE's scaling factor like
+the latents beside it. Where a whole video is to be made, mask and latents are both zero.
+"""
+
+from __future__ import annotations
+
+import mimetypes
+import os
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .inputs import Fit, load_image, load_video
+
+__all__ = ["frames_between", "kept_latents", "load_mask", "masked"]
+
+BLACK = -1.0
+"""Value of pixels that are to be made."""
+
+
+def load_mask(source: Any, height: int, width: int, frames: int, fit: Fit = "stretch") -> Tensor:
+    """One or several masks as (B, 1, F, H, W): 1 where the source is brighter than middle grey.
+
+    Args:
+        source: what `load_video` takes, where arrays (F, H, W) and tensors (F, H, W) or (F, 1, H, W), also of bools, hold masks
+            of one channel; or a single picture, as a path, PIL image or array (H, W), for all frames.
+        height, width, fit: as for the video that is masked.
+        frames: frames F of that video.
+
+    Raises:
+        ValueError: for another number of frames.
+    """
+    source = _in_colour(source)
+    picture = isinstance(source, PIL.Image.Image) or (isinstance(source, str | os.PathLike) and _names_picture(source))
+    mask = load_image(source, height, width, fit).unsqueeze(2) if picture else load_video(source, height, width, fit)
+    if mask.shape[2] not in (1, frames):
+        raise ValueError(f"mask_video has {mask.shape[2]} frames for a video of {frames}: pass as many, or a single picture for all.")
+    return (mask.mean(dim=1, keepdim=True) > 0).to(mask.dtype).expand(-1, -1, frames, -1, -1)
+
+
+def _in_colour(source: Any) -> Any:
+    """Masks of one channel as arrays or tensors of three, on a fourth axis."""
+    if isinstance(source, np.ndarray):
+        return np.asarray(_in_colour(torch.from_numpy(source)).movedim(1, -1)) if source.ndim < 4 else source
+    if not isinstance(source, Tensor):
+        return source
+    source = source.float() if source.dtype == torch.bool else source
+    if source.ndim < 4:
+        source = source.reshape(-1, 1, *source.shape[-2:])  # F 1 H W
+    return source.expand(*source.shape[:-3], 3, -1, -1) if source.shape[-3] == 1 else source
+
+
+def _names_picture(path: str | os.PathLike[str]) -> bool:
+    return (mimetypes.guess_type(os.fspath(path))[0] or "").startswith("image/")
+
+
+def frames_between(first: Tensor | None, last: Tensor | None, frames: int, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """A video (B, 3, F, H, W) that begins with one picture and ends with another, and its mask (1, 1, F, H, W): all else is to be made.
+
+    Args:
+        first, last: pictures (B, 3, H, W) in [-1, 1], or None for an end that is left open.
+        frames: length F of the video.
+        height, width: its size.
+
+    Raises:
+        ValueError: for two pictures and a single frame, and for different numbers of them, unless one is 1.
+    """
+    given = {place: picture for place, picture in ((0, first), (frames - 1, last)) if picture is not None}
+    if len(given) < (first is not None) + (last is not None):
+        raise ValueError("num_frames=1 has no place for both image and last_image: ask for at least 2 frames, or pass one of them.")
+    counts = {len(picture) for picture in given.values()} - {1}
+    if len(counts) > 1:
+        raise ValueError(f"image and last_image: {len(first)} and {len(last)} were passed. Pass as many of both, or one.")  # type: ignore[arg-type]
+    video = torch.full((max(counts, default=1), 3, frames, height, width), BLACK)
+    mask = torch.ones(1, 1, frames, height, width)
+    for place, picture in given.items():
+        video[:, :, place], mask[:, :, place] = picture, 0
+    return video, mask
+
+
+def masked(video: Tensor, mask: Tensor) -> Tensor:
+    """`video` (B, 3, F, H, W) with black in place of what `mask` (B, 1, F, H, W) says is to be made; either B may be 1."""
+    return torch.where(mask > 0.5, BLACK, video)
+
+
+def kept_latents(mask: Tensor, latent_frames: int, height: int, width: int) -> Tensor:
+    """How much of each latent is kept, (B, f, 1, h, w) in [0, 1], for a mask (B, 1, F, H, W) of pixels.
+
+    The first frame, which has a latent frame of its own, is resized alone, and the others together, trilinearly between pixel
+    centres. As in the training code nothing is averaged: of the 4 x 8 x 8 pixels of a latent, the middle 2 x 2 x 2 count.
+
+    Args:
+        mask: 1 where something is to be made.
+        latent_frames, height, width: the latents' size.
+    """
+    kept = 1 - mask.float()
+    parts = [(kept[:, :, :1], 1)] + [(kept[:, :, 1:], latent_frames - 1)] * (latent_frames > 1)
+    resized = [F.interpolate(part, size=(frames, height, width), mode="trilinear") for part, frames in parts]
+    return torch.cat(resized, dim=2).transpose(1, 2)

@@ -1,0 +1,121 @@
+"""LoRA files where people keep them: a file, a folder with one, a repository on the hub, or tensors in memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import HFValidationError
+from torch import Tensor
+
+from ..checkpoints.lora import Lora, read_lora
+from ..checkpoints.reading import read_tensors
+from .folder import read_json
+
+__all__ = ["find_lora_file", "has_lora_file", "open_lora"]
+
+_USUAL = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors", "pytorch_lora_weights.bin", "adapter_model.bin")
+_HUB = {"revision", "token", "cache_dir", "local_files_only", "force_download"}  # arguments of hf_hub_download that are handed on
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+_PEFT_CONFIG = "adapter_config.json"  # beside adapter_model.*, as PEFT saves
+_LATEST = "latest"  # SAT and DeepSpeed: the name of the folder with the newest weights
+_SAT_WEIGHTS = "mp_rank_00_model_states.pt"
+
+
+def open_lora(
+    source: str | os.PathLike[str] | Mapping[str, Tensor],
+    *,
+    weight_name: str | None = None,
+    subfolder: str | None = None,
+    use_safetensors: bool | None = None,
+    **hub: Any,
+) -> Lora:
+    """Read a LoRA.
+
+    Args:
+        source: a file, a folder, a repository on the hub (owner/name), or tensors by name.
+        weight_name: the file, where a folder or repository holds several.
+        subfolder: folder within the folder or repository.
+        use_safetensors: True allows no pickles.
+        hub: revision, token, cache_dir, local_files_only, force_download, as in `huggingface_hub.hf_hub_download`.
+
+    Raises:
+        FileNotFoundError: there is no such file, or none that can be chosen.
+        OSError: the file is cut off, or is no weight file.
+        ValueError: the tensors are no LoRA of CogVideoX.
+        TypeError: an argument that is none of these.
+    """
+    if unknown := sorted(set(hub) - _HUB):
+        known = ", ".join(sorted(_HUB))
+        raise TypeError(f"unknown arguments {', '.join(unknown)}: known are weight_name, subfolder, use_safetensors, {known}.")
+    if isinstance(source, Mapping):
+        return read_lora(source, "the state dict")
+    place = Path(source) / (subfolder or "")
+    if place.is_dir():
+        path = find_lora_file(place, weight_name)
+    else:
+        path = place if place.is_file() else _download(str(source), weight_name, subfolder, hub)
+    tensors, header = read_tensors(path, allow_pickle=use_safetensors is not True)
+    beside = path.with_name(_PEFT_CONFIG)
+    config = read_json(beside) if path.stem == "adapter_model" and beside.is_file() else None
+    return read_lora(tensors, str(path), header, config)
+
+
+def find_lora_file(folder: Path, weight_name: str | None = None) -> Path:
+    """The LoRA file of a folder: the one that is named, a usual name, the newest of a SAT run, or the only weight file.
+
+    Raises:
+        FileNotFoundError: there is none, or none of several that can be chosen.
+    """
+    if weight_name is None and (folder / _LATEST).is_file():
+        return _newest(folder)
+    return folder / (weight_name or _choose([path.name for path in folder.iterdir()], str(folder)))
+
+
+def has_lora_file(folder: Path) -> bool:
+    """Whether `find_lora_file` finds a file in a folder."""
+    try:
+        return find_lora_file(folder).is_file()
+    except FileNotFoundError:
+        return False
+
+
+def _newest(folder: Path) -> Path:
+    """The file that SAT's `latest` points to; it must lie within the folder."""
+    tag = (folder / _LATEST).read_text(encoding="utf-8").strip()
+    path = (folder / tag / _SAT_WEIGHTS).resolve()
+    if folder.resolve() not in path.parents:
+        raise FileNotFoundError(f"{folder / _LATEST} names {tag!r}, which is outside of the folder. Give the weight file itself.")
+    return path
+
+
+def _choose(names: Sequence[str], where: str) -> str:
+    weights = sorted(name for name in names if name.endswith(_WEIGHTS))
+    usual = [name for name in _USUAL if name in weights]
+    if not usual and len(weights) != 1:
+        raise FileNotFoundError(
+            f"{where} holds {len(weights)} weight files ({', '.join(weights[:8]) or 'none'}): say which is the LoRA with weight_name=..."
+        )
+    return (usual or weights)[0]
+
+
+def _download(repository: str, weight_name: str | None, subfolder: str | None, hub: dict[str, Any]) -> Path:
+    """The file of a repository on the hub, from the cache where it is there."""
+    if repository.count("/") != 1 or repository.startswith((".", "~", "/")):
+        raise FileNotFoundError(f"there is no file or folder {repository!r}, and repositories are named owner/name.")
+    known = {key: value for key, value in hub.items() if value is not None}
+    inside = f"{subfolder}/" if subfolder else ""
+    try:
+        if weight_name is None:
+            listing = {key: value for key, value in known.items() if key in ("revision", "token")}
+            files = HfApi().list_repo_files(repository, **listing)
+            here = [file.removeprefix(inside) for file in files if file.startswith(inside)]
+            weight_name = _choose([name for name in here if "/" not in name], f"{repository}/{inside}")
+        if weight_name.startswith("adapter_model."):
+            hf_hub_download(repository, f"{inside}{_PEFT_CONFIG}", **known)
+        return Path(hf_hub_download(repository, f"{inside}{weight_name}", **known))
+    except HFValidationError as error:
+        raise FileNotFoundError(f"there is no file or folder {repository!r}, and no such repository ({error}).") from error
