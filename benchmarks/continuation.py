@@ -58,11 +58,12 @@ def measure(videos: np.ndarray, clips: np.ndarray, prompts: Sequence[ShapesPromp
     usual = np.array([np.median(frame_changes(clip)) for clip in clips])
     moving = [number for number, change in enumerate(usual) if change > MOVING]
     changes = [frame_changes(videos[number])[given - 1] / usual[number] for number in moving]
+    nearness = float(np.mean([psnr(video[given:], clip[given:], 255) for video, clip in zip(videos, clips, strict=True)]))
     rates = tally(score(detect(video), prompt.wanted) for video, prompt in zip(videos, prompts, strict=True))
     return {
         "seam_over_real_change": round(float(np.median(changes)), 3),
         "seam_ratio": round(float(np.median([seam_ratio(videos[number], given) for number in moving])), 3),
-        "psnr_of_the_rest": round(float(np.mean([psnr(a[given:], b[given:], 255) for a, b in zip(videos, clips, strict=True)])), 2),
+        "psnr_of_the_rest": None if np.isinf(nearness) else round(nearness, 2),
         "shares": {name: round(rate.share, 4) for name, rate in rates.items()},
     }
 

@@ -14,12 +14,13 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_stock_folder(tmp_path_factory.mktemp("tiny"))
+def folders(tmp_path_factory):
+    return {variant: save_stock_folder(tmp_path_factory.mktemp(variant), variant) for variant in ("5b", "5b-i2v")}
 
 
 @pytest.mark.parametrize("script", EXAMPLES, ids=lambda path: path.stem)
-def test_example_runs(script, folder, tmp_path, monkeypatch, capsys):
+def test_example_runs(script, folders, tmp_path, monkeypatch, capsys):
+    folder = folders["5b-i2v" if script.stem == "image_to_video" else "5b"]
     assert len(script.read_text(encoding="utf-8").splitlines()) <= 40
     suffix = ".png" if "OUTPUT.png" in script.read_text(encoding="utf-8") else ".mp4"
     output = tmp_path / f"made{suffix}"

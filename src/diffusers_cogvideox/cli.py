@@ -73,8 +73,9 @@ def _evaluation(config: TrainConfig) -> Callable[[int, Any], None] | None:
         return None
     from .evaluation.while_training import evaluate_checkpoints
 
-    parts = {"vae": config.vae, "text_encoder": config.text_encoder, "scheduler": config.scheduler}
-    return evaluate_checkpoints(config.output, prompts=config.evaluate_prompts, **parts)
+    return evaluate_checkpoints(
+        config.output, prompts=config.evaluate_prompts, vae=config.vae, text_encoder=config.text_encoder, scheduler=config.scheduler
+    )
 
 
 def _assembled(config: TrainConfig, final: Path) -> list[str]:
@@ -161,7 +162,8 @@ class _Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> Any:  # noqa: ARG002 - the signature is jsonargparse's
         """Print one line and exit with status 2."""
-        self.exit(2, f"{self.prog}: error: {_in_one_line(message)}\n")
+        like_file = self.verb is not None and self.verb.reads_file
+        self.exit(2, f"{self.prog}: error: {_in_one_line(message, like_file)}\n")
 
 
 def _owner(verb: Verb, name: str) -> type | None:
@@ -193,15 +195,18 @@ def _choices(annotation: Any) -> tuple[str, ...]:
     return next(filter(None, map(_choices, get_args(annotation))), ()) if get_origin(annotation) in (Union, UnionType) else ()
 
 
-def _in_one_line(message: str) -> str:
-    """What jsonargparse says about a value of the wrong type, shortly; other messages without their line breaks."""
+def _in_one_line(message: str, like_file: bool) -> str:
+    """What jsonargparse says about a value of the wrong type, shortly; other messages without their line breaks.
+
+    With `like_file`, flags are spelled like the keys of a file.
+    """
     key = re.search(r'[Kk]ey "([^"]+)"', message)
     value = re.search(r"(?:Given value|Got value): (.*)", message)
     kinds = [kind for kind in re.findall(r"Expected an? (.*?)(?:\. Got|$)", message, re.MULTILINE) if "NoneType" not in kind]
     if not (key and value and kinds):
-        return " ".join(message.split())
+        return re.sub(r"^unrecognized arguments: (?!-).*", r"\g<0> (a text with spaces needs quotes)", " ".join(message.split()))
     names = [re.sub(r"typing\.Literal\[(.*)\]|<class '(.*)'>", lambda m: f"one of {m[1]}" if m[1] else m[2], kind) for kind in kinds]
-    return f"--{key[1].replace('_', '-')} {value[1]} is not possible: expected {' or '.join(names)}"
+    return f"--{key[1] if like_file else key[1].replace('_', '-')} {value[1]} is not possible: expected {' or '.join(names)}"
 
 
 def parser_for(name: str) -> ArgumentParser:

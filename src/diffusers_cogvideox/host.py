@@ -27,6 +27,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from .models.attention import CogVideoXAttnProcessor
 from .models.autoencoder import AutoencoderKLCogVideoX
 from .models.transformer import CogVideoXBlock, CogVideoXTransformer3DModel
+from .pipelines.continuation import CogVideoXContinuationPipeline
 from .pipelines.fun_control import CogVideoXFunControlPipeline
 from .pipelines.fun_inpaint import CogVideoXFunInpaintPipeline
 from .pipelines.image_to_video import CogVideoXImageToVideoPipeline
@@ -50,7 +51,7 @@ REPLACED: dict[str, type] = {
 }
 """What `register` puts on the diffusers module, by name."""
 
-ADDED: tuple[type, ...] = (CogVideoXScheduler, CogVideoXFunInpaintPipeline)
+ADDED: tuple[type, ...] = (CogVideoXScheduler, CogVideoXContinuationPipeline, CogVideoXFunInpaintPipeline)
 """What importing puts there, so that diffusers loads folders that name it: classes that diffusers lacks."""
 
 

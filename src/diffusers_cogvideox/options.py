@@ -5,6 +5,7 @@ The text under a field is its help. Rules that need no model are checked here; t
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass
@@ -13,6 +14,7 @@ from typing import Literal
 __all__ = [
     "COMBINATIONS",
     "DEMO",
+    "DEMO_IMAGE",
     "FILES",
     "EvaluateOptions",
     "Fit",
@@ -27,7 +29,10 @@ __all__ = [
 ]
 
 DEMO = "demo"
-"""The name under which every verb knows the shipped model."""
+"""The name under which every verb knows the shipped text-to-video model."""
+
+DEMO_IMAGE = "demo-i2v"
+"""The name of its image-to-video sibling."""
 
 Sampler = Literal["ddim", "dpm"]
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -47,6 +52,9 @@ COMBINATIONS = (
     ("extend",),
 )
 """The sets of FILES that mean something together."""
+
+
+_SEEDS = 2**63  # PyTorch's random generators take twice as many
 
 
 class MistakesError(ValueError):
@@ -75,10 +83,10 @@ def _flags(names: Iterable[str]) -> str:
 
 
 def _at_least(minimum: int, **values: float | None) -> None:
-    """Raise ValueError for a value below `minimum`; None means "not given"."""
+    """Raise ValueError for a value below `minimum`, infinity and NaN; None means "not given"."""
     for name, value in values.items():
-        if value is not None and not value >= minimum:
-            raise ValueError(f"{_flags([name])} {value} is not possible: it must be at least {minimum}.")
+        if value is not None and not minimum <= value < math.inf:
+            raise ValueError(f"{_flags([name])} {value} is not possible: it must be at least {minimum}, and finite.")
 
 
 @dataclass(frozen=True)
@@ -104,6 +112,8 @@ class SamplingOptions:
     def __post_init__(self) -> None:
         _at_least(0, seed=self.seed, guidance_scale=self.guidance_scale)
         _at_least(1, steps=self.steps)
+        if self.seed >= _SEEDS:
+            raise ValueError(f"--seed {self.seed} is not possible: it must be below 2**63, which is {_SEEDS}.")
 
 
 @dataclass(frozen=True)
@@ -165,12 +175,13 @@ class GenerateOptions(InputOptions, SamplingOptions):
     and the names of options (num_videos, size, ...); or the VIDEO.json of an earlier run, to make that video again."""
     _: KW_ONLY
     model: str = DEMO
-    """Pipeline folder, repository on the Hugging Face hub (such as zai-org/CogVideoX-2b), or "demo" for the small model that
-    comes with the package."""
+    """Pipeline folder, repository on the Hugging Face hub (such as zai-org/CogVideoX-2b), or one of the small models that come with
+    the package: "demo" (text to video), "demo-i2v" (image to video)."""
     lora: tuple[str, ...] = ()
-    """LoRA file, with its strength behind a colon where that is not 1: style.safetensors:0.7. Can be given several times."""
+    """LoRA file, or folder of one, with its strength behind a colon where that is not 1: style.safetensors:0.7. Can be given
+    several times."""
     lora_alpha: float | None = None
-    """Alpha of LoRA files that do not name it (default: their rank, with a warning)."""
+    """Alpha of the LoRA files that do not name theirs (default: what their trainer uses, or their rank, with a warning)."""
     output: str | None = None
     """File (.mp4), or folder for files named after prompt and seed (default: the folder outputs)."""
     negative_prompt: str | None = None
@@ -198,6 +209,8 @@ class GenerateOptions(InputOptions, SamplingOptions):
             raise ValueError(f"--frames {self.frames} has no effect with --video: the result has as many frames as the video.")
         if self.lora_alpha is not None and not self.lora:
             raise ValueError(f"--lora-alpha {self.lora_alpha} has no effect without --lora.")
+        if self.lora_alpha is not None and not 0 < self.lora_alpha < math.inf:
+            raise ValueError(f"--lora-alpha {self.lora_alpha} is not possible: it must be positive and finite.")
 
 
 @dataclass(frozen=True)
@@ -208,8 +221,8 @@ class InfoOptions:
     """
 
     model: str = DEMO
-    """Pipeline folder, folder of a single transformer or vae, repository on the Hugging Face hub, LoRA file or folder, or "demo"
-    for the small model that comes with the package."""
+    """Pipeline folder, folder of a single transformer or vae, repository on the Hugging Face hub, LoRA file or folder, or "demo" or
+    "demo-i2v" for the small models that come with the package."""
     _: KW_ONLY
     json: bool = False
     """Print JSON instead of text."""

@@ -21,7 +21,17 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .files import atomic_path
 
-__all__ = ["VideoInfo", "contact_sheet", "is_picture", "probe_image", "probe_video", "read_video", "write_image", "write_video"]
+__all__ = [
+    "VideoInfo",
+    "check_rate",
+    "contact_sheet",
+    "is_picture",
+    "probe_image",
+    "probe_video",
+    "read_video",
+    "write_image",
+    "write_video",
+]
 
 CONTAINERS = (".mp4", ".mov", ".m4v", ".mkv")
 # One rate factor below "visually lossless" (18); 4:2:0 with the BT.709 matrix, named in the file so that players agree.
@@ -54,6 +64,12 @@ class VideoInfo:
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
+def check_rate(fps: float) -> None:
+    """Raise ValueError for frames per second that a file cannot have."""
+    if not 0.01 <= fps <= 1000:
+        raise ValueError(f"fps={fps} is not possible: choose 0.01 to 1000 frames per second.")
+
+
 def write_video(path: str | os.PathLike[str], frames: Frames | Iterable[Frames | Image.Image], fps: float) -> Path:
     """Encode frames as H.264 (yuv420p); the file appears when it is complete, and not at all when anything fails.
 
@@ -69,8 +85,7 @@ def write_video(path: str | os.PathLike[str], frames: Frames | Iterable[Frames |
     target = Path(path)
     if target.suffix.lower() not in CONTAINERS:
         raise ValueError(f"cannot write {target}: the suffix must be one of {', '.join(CONTAINERS)}.")
-    if not 0.01 <= fps <= 1000:
-        raise ValueError(f"fps={fps} is not possible: choose 0.01 to 1000 frames per second.")
+    check_rate(fps)
     with atomic_path(target) as partial:
         chunks = _chunks(frames)
         first = next(chunks, None)

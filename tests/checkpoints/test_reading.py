@@ -55,7 +55,20 @@ class Code:
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_pickle_that_needs_code_is_refused(tmp_path, zipped):
     torch.save({"module": {"a": Code()}}, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(OSError, match=r"a\.pt cannot be opened without running code that it contains"):
+    with pytest.raises(OSError, match=r"a\.pt cannot be opened without running code .* \(_pytest\.outcomes\.\w+\), so") as refused:
+        read_tensors(tmp_path / "a.pt")
+    assert "weights_only" not in str(refused.value)  # PyTorch's own message tells how to run it
+
+
+def test_a_picture_is_no_weight_file(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(64))
+    with pytest.raises(OSError, match=r"a\.png is no weight file, or is corrupt, so it is refused"):
+        read_tensors(tmp_path / "a.png")
+
+
+def test_a_whole_module_is_refused(tmp_path):
+    torch.save({"a": torch.nn.Linear(1, 1)}, tmp_path / "a.pt")
+    with pytest.raises(OSError, match=r"\(torch\.nn\.modules\.linear\.Linear\), so it is refused"):
         read_tensors(tmp_path / "a.pt")
 
 

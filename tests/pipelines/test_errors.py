@@ -53,6 +53,7 @@ def still(pipe):
         ({"use_dynamic_cfg": "cosine"}, "'cosine' is unknown"),
         ({"callback_on_step_end_tensor_inputs": ["noise_pred"]}, r"\['noise_pred'\].*'latents'"),
         ({"zero_unconditional": True, "negative_prompt": "blue"}, "leaves no place"),
+        ({"guidance_scale": float("nan")}, "guidance_scale=nan .* finite"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -65,6 +66,12 @@ def test_impossible_arguments(still, options, message: str):
 def test_prompts_are_text(still, prompt):
     with pytest.raises(TypeError, match="prompt must be a string or a list of strings"):
         call(still, prompt=prompt)
+
+
+@pytest.mark.parametrize("name", ["num_frames", "height", "width", "num_inference_steps", "num_videos_per_prompt", "max_sequence_length"])
+def test_numbers_of_things_are_whole(still, name: str):
+    with pytest.raises(TypeError, match=f"{name}=16.0 .* whole number"):
+        call(still, **{name: 16.0})
 
 
 def test_text_needs_a_text_encoder(still):
@@ -99,6 +106,14 @@ def test_components_on_different_devices(still):
         elsewhere = CogVideoXTransformer3DModel.from_config(still.transformer.config)
     with pytest.raises(ValueError, match=r"transformer is on meta, but the pipeline runs on cpu. .*pipe.to\('cpu'\)"):
         call(CogVideoXPipeline(**{**still.components, "transformer": elsewhere}))
+
+
+def test_the_unconditional_half_needs_the_text_encoder_in_place(folders):
+    """The transformer is brought to the accelerator when it runs, so that the pipeline runs there; the text encoder is not."""
+    pipe = CogVideoXPipeline.from_pretrained(folders())
+    pipe.transformer.enable_group_offload(onload_device=torch.device("cuda"), offload_type="leaf_level")  # which needs none before it runs
+    with pytest.raises(ValueError, match="text_encoder is on cpu, but the pipeline runs on cuda"):
+        call(pipe, prompt=None, prompt_embeds=EMBEDS, output_type="latent")
 
 
 def test_a_transformer_of_another_task(still):

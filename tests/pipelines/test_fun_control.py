@@ -5,9 +5,8 @@ from inspect import signature
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
 
-from diffusers_cogvideox import CogVideoXDPMScheduler, CogVideoXFunControlPipeline
+from diffusers_cogvideox import CogVideoXDPMScheduler, CogVideoXFunControlPipeline, ContextWindows
 from parity import StockDPMScheduler, StockFunControlPipeline
 from pictures import clip, images
 from tiny_pipeline import call
@@ -94,11 +93,6 @@ def test_arguments_have_diffusers_names_and_order():
     assert ours[: len(theirs)] == theirs
 
 
-def test_what_we_save_diffusers_loads(pipe, tmp_path):
-    pipe.save_pretrained(tmp_path)
-    assert type(DiffusionPipeline.from_pretrained(tmp_path)) is StockFunControlPipeline
-
-
 # --- control_video_latents --------------------------------------------------------------------------------------------
 
 
@@ -117,7 +111,7 @@ def test_latents_need_no_vae(pipe):
     expected = controlled(pipe, control_video_latents=latents, output_type="latent")
     alone = CogVideoXFunControlPipeline(**pipe.components | {"vae": None})
     torch.testing.assert_close(controlled(alone, control_video_latents=latents, output_type="latent"), expected)
-    with pytest.raises(ValueError, match=r"no vae to encode control_video with.*pass control_video_latents"):
+    with pytest.raises(ValueError, match=r"no vae: .*pass control_video_latents"):
         controlled(alone, control_video=VIDEO, output_type="latent")
 
 
@@ -162,6 +156,19 @@ def test_frames_and_pixels_that_do_not_fit_are_continued(pipe):
     torch.testing.assert_close(found, controlled(pipe, control_video=held)[:, :4, ..., 1:31])
 
 
+def test_context_windows_see_their_part_of_the_control(loaded):
+    """At the end 1.5 is padded, for windows as for the whole: 41 frames are 11 latent frames, and one more."""
+    for variant, total in (("fun-control", 11), ("fun-1.5-control", 12)):
+        pipe, video, context = loaded(CogVideoXFunControlPipeline, variant), clip(41, HEIGHT, WIDTH), ContextWindows(frames=17)
+        latents = pipe.encode_control_video(video, HEIGHT, WIDTH)
+        assert latents.shape[1] == total
+        seen = model_inputs(pipe, control_video=video, context=context, control_end=0.5)
+        windows = [context.over(total, pipe.geometry).at(step) for step in range(2)]
+        expected = [latents[:, window.frames] for window in windows[0]] + [torch.zeros_like(latents[:, w.frames]) for w in windows[1]]
+        torch.testing.assert_close(seen, expected)
+        assert controlled(pipe, control_video=video, context=context).shape[1] == 41
+
+
 def test_one_control_video_for_several_prompts(pipe):
     prompts, noise = ["a red circle", "a green square"], torch.randn(2, 3, 4, 2, 4)
     together = controlled(pipe, prompt=prompts, control_video=VIDEO, latents=noise)
@@ -184,9 +191,15 @@ def test_one_control_video_for_several_prompts(pipe):
         ({"control_video": VIDEO, "num_frames": 0}, "num_frames=0 is not possible"),
         ({"control_video": VIDEO, "control_strength": -1}, "control_strength=-1"),
         ({"control_video": VIDEO, "control_strength": float("nan")}, "control_strength=nan"),
-        ({"control_video": VIDEO, "control_start": 0.5, "control_end": 0.5}, "control_start=0.5 and control_end=0.5 are not possible"),
-        ({"control_video": VIDEO, "control_end": 1.5}, "0 <= start < end <= 1"),
-        ({"control_video": VIDEO, "control_start": 0.1, "control_end": 0.2}, "leave none of 2 steps: they must be at least 0.5 apart"),
+        (
+            {"control_video": VIDEO, "control_start": 0.5, "control_end": 0.5},
+            r"control_end\)=\(0.5, 0.5\) is not possible",
+        ),
+        ({"control_video": VIDEO, "control_end": 1.5}, "0 <= start < stop <= 1"),
+        (
+            {"control_video": VIDEO, "control_start": 0.1, "control_end": 0.2},
+            r"\(0.1, 0.2\) holds none of 2 steps: .* at least 0.5 wide",
+        ),
         ({"control_video": torch.stack([VIDEO, OTHER])}, "control_video: 2 were passed for 1 prompt"),
         ({"control_video": VIDEO, "height": 0}, "0x32 .* is not possible"),
         ({"control_video": VIDEO, "fit": "squeeze"}, "fit='squeeze'"),
@@ -197,6 +210,11 @@ def test_one_control_video_for_several_prompts(pipe):
 def test_impossible_arguments(pipe, options, message):
     with pytest.raises(ValueError, match=message):
         controlled(pipe, **options)
+
+
+def test_no_size_is_replaced_by_the_default(pipe):
+    with pytest.raises(ValueError, match=r"0x32 .* is not possible"):
+        pipe.encode_control_video(VIDEO, 0, WIDTH)
 
 
 def test_models_of_other_tasks(loaded):

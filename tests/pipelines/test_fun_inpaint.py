@@ -4,9 +4,8 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from diffusers import DiffusionPipeline
 
-from diffusers_cogvideox import CogVideoXFunInpaintPipeline
+from diffusers_cogvideox import CogVideoXFunInpaintPipeline, ContextWindows
 from diffusers_cogvideox.pipelines.fun_mask import kept_latents, load_mask
 from parity import StockVAE
 from pictures import clip, images, picture
@@ -165,14 +164,6 @@ def test_a_mask_for_each_prompt(known):
     assert not mask[1].any() and not latents[1].any()
 
 
-def test_what_we_save_diffusers_finds(known, tmp_path):
-    """Diffusers has no such pipeline: its name is there as soon as this package is imported."""
-    known.save_pretrained(tmp_path)
-    again = DiffusionPipeline.from_pretrained(tmp_path)
-    assert type(again) is CogVideoXFunInpaintPipeline
-    torch.testing.assert_close(inpainted(again, image=FIRST), inpainted(known, image=FIRST))
-
-
 # --- noise on what is known -------------------------------------------------------------------------------------------
 
 
@@ -207,6 +198,46 @@ def test_noise_by_default_as_the_config_says(folders, tmp_path, trained, level):
         pipe = CogVideoXFunInpaintPipeline.from_pretrained(tmp_path)
     torch.testing.assert_close(channels(pipe, image=FIRST)[1], channels(pipe, image=FIRST, image_noise=level)[1])
     assert bool((channels(pipe, image=FIRST)[1] != channels(pipe, image=FIRST, image_noise=0)[1]).any()) == bool(level)
+
+
+# --- context windows --------------------------------------------------------------------------------------------------
+
+LONG = {"num_frames": 41, "context": ContextWindows(frames=17, schedule="static"), "num_inference_steps": 1}
+
+
+def windows(pipe, **options) -> list[torch.Tensor]:
+    """What the transformer sees beside the latents, for each window of a long video."""
+    seen = []
+    hook = pipe.transformer.register_forward_pre_hook(lambda _, __, k: seen.append(k["hidden_states"][:, :, 4:]), with_kwargs=True)
+    assert inpainted(pipe, guidance_scale=1, **LONG | options).shape[1] == 41
+    hook.remove()
+    assert len(seen) > 2
+    return seen
+
+
+def test_every_window_starts_with_the_known_picture(pipe):
+    whole = channels(pipe, image=FIRST, num_frames=41)
+    for window in windows(pipe, image=FIRST):
+        torch.testing.assert_close(window[:, 0], torch.cat(whole, dim=2)[:, 0])
+
+
+def test_every_window_sees_its_part_of_a_masked_video(known):
+    video, mask = clip(41, HEIGHT, WIDTH), MASK[5].expand(41, -1, -1)
+    whole = torch.cat(channels(known, video=video, mask_video=mask, num_frames=None), dim=2)
+    places = LONG["context"].over(11, known.geometry).at(0)
+    seen = windows(known, video=video, mask_video=mask, num_frames=None)
+    torch.testing.assert_close(seen, [whole[:, place.frames] for place in places])
+
+
+def test_windows_in_which_nothing_is_known(pipe):
+    assert not any(window.any() for window in windows(pipe))  # as text to video was trained
+    mask = torch.ones(41, HEIGHT, WIDTH)
+    mask[20:] = 0
+    for options in ({"last_image": LAST}, {"video": clip(41, HEIGHT, WIDTH), "mask_video": mask, "num_frames": None}):
+        with pytest.raises(ValueError, match=r"Context windows would see parts .* give the first frame too"):
+            inpainted(pipe, **LONG | options)
+    within = LONG | {"last_image": LAST, "num_frames": 17}  # one window holds all of it
+    assert inpainted(pipe, **within).shape[1] == 17
 
 
 # --- masks in every form ----------------------------------------------------------------------------------------------
@@ -250,6 +281,8 @@ def test_a_single_picture_masks_all_frames(tmp_path):
         ({"image": [FIRST, LAST], "prompt": ["a", "b", "c"]}, "2 were passed for 3 prompt"),
         ({"image": [FIRST, LAST, FIRST], "last_image": [FIRST, LAST]}, "3 and 2 were passed"),
         ({"image": FIRST, "image_noise": -0.1}, "image_noise=-0.1"),
+        ({"image_noise": 0.1}, "image_noise=0.1 has no effect where nothing is kept"),
+        ({"fit": "cover"}, "fit='cover' has no effect without a picture or a video"),
         ({"image": FIRST, "num_frames": -1}, "num_frames=-1"),
         ({"image": FIRST, "width": 0}, "32x0 .* is not possible"),
     ],
@@ -258,6 +291,13 @@ def test_a_single_picture_masks_all_frames(tmp_path):
 def test_impossible_arguments(known, options, message):
     with pytest.raises(ValueError, match=message):
         inpainted(known, **{"num_frames": None} | options)
+
+
+def test_only_what_is_known_needs_the_vae(known):
+    without = CogVideoXFunInpaintPipeline(**known.components | {"vae": None})
+    torch.testing.assert_close(inpainted(without, output_type="latent"), inpainted(known, output_type="latent"))
+    with pytest.raises(ValueError, match="no vae: load it with one"):
+        inpainted(without, image=FIRST, output_type="latent")
 
 
 def test_models_of_other_tasks(loaded):

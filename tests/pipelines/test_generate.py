@@ -170,6 +170,8 @@ def test_a_folder_that_says_nothing(folder, tmp_path):
         ('{"steps": 7}', r"unknown keys \['steps'\]: known are"),
         ('{"sampler": "euler"}', "--sampler euler is unknown: it must be one of ddim, dpm"),
         ('{"dtype": "half"}', "--dtype half is unknown: it must be one of float32, bfloat16, float16"),
+        ('{"height": "64"}', r"cogvideox\.json: height '64' is not possible: expected a whole number"),
+        ('{"use_dynamic_cfg": 1}', "use_dynamic_cfg 1 is not possible: expected true or false"),
     ],
 )
 def test_unknown_recommendations_are_errors(content, message, own_folder, tmp_path):
@@ -178,12 +180,22 @@ def test_unknown_recommendations_are_errors(content, message, own_folder, tmp_pa
         plan(options(own_folder, tmp_path))
 
 
-def test_a_recipe_with_a_setting_of_the_wrong_type_is_an_error(folder, tmp_path):
-    (path,) = generate(options(folder, tmp_path))
-    recipe = json.loads(path.with_suffix(".json").read_text())
-    recipe["settings"]["num_inference_steps"] = "many"
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("num_inference_steps", "many", r"edited\.json is not .*: num_inference_steps 'many' is not possible: expected a whole number"),
+        ("fps", None, "fps None is not possible: expected a number"),
+        ("fps", 0, "fps=0 is not possible"),
+        ("pipeline", "Mine", r"edited\.json names the pipeline Mine, but its model and sources are for CogVideoXPipeline"),
+        ("pipeline", "CogVideoXVideoToVideoPipeline", "its model and sources are for CogVideoXPipeline"),
+    ],
+)
+def test_an_edited_recipe_is_an_error(setting, value, message, folder, tmp_path):
+    (job,) = plan(options(folder, tmp_path))
+    recipe = job.recipe()
+    recipe["settings"][setting] = value
     (tmp_path / "edited.json").write_text(json.dumps(recipe))
-    with pytest.raises(ValueError, match=r"edited\.json holds a setting of the wrong type"):
+    with pytest.raises(ValueError, match=message):
         plan(GenerateOptions(str(tmp_path / "edited.json"), output=str(tmp_path / "again"), device="cpu"))
 
 
@@ -211,6 +223,12 @@ def test_a_repository_is_known_by_its_commit(folder, monkeypatch, tmp_path):
     assert (settings.model, settings.fingerprint, settings.num_frames) == ("owner/name", "0123abcd", 9)
 
 
+def test_a_repository_without_a_pipeline(monkeypatch, tmp_path):
+    monkeypatch.setattr(model_folder, "snapshot_download", lambda *_, **__: str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"the repository owner/lora holds no model_index\.json"):
+        describe("owner/lora")
+
+
 # --- mistakes, before anything is loaded --------------------------------------------------------------------------------
 
 
@@ -221,6 +239,10 @@ def test_a_repository_is_known_by_its_commit(folder, monkeypatch, tmp_path):
         ({"prompt": "nowhere/prompts.txt"}, "there is no file nowhere/prompts.txt"),
         ({"prompt": "nowhere/video.json"}, "there is no file nowhere/video.json"),
         ({"prompt": "  "}, "the prompt is empty"),
+        ({"prompt": "{tmp}/notes.md"}, r"notes\.md is a file, but files of prompts end in \.txt or \.jsonl"),
+        ({"fps": 2000}, "fps=2000 is not possible: choose 0.01 to 1000"),
+        ({"output": "{tmp}/a.avi"}, r"--output .*a\.avi is not possible: name a folder, or a file that ends in \.mp4"),
+        ({"output": "{tmp}/a.GIF"}, r"a\.GIF is not possible"),
         ({"size": "8x100"}, "8x100 .* each must be between 16 and .* Nearest legal size: 16x100"),
         ({"size": "65x100"}, "--size 65x100 is not possible: a video file .* needs even sizes"),
         ({"frames": 10**6}, "num_frames=1000000 is not possible"),
@@ -238,11 +260,15 @@ def test_a_repository_is_known_by_its_commit(folder, monkeypatch, tmp_path):
 )
 def test_impossible_options(changes, message, folder, tmp_path):
     (tmp_path / "occupied").write_text("a file where a folder should be")
+    (tmp_path / "notes.md").touch()
+    changes = {name: value.format(tmp=tmp_path) if name in ("prompt", "output") else value for name, value in changes.items()}
     prompt = changes.pop("prompt", PROMPT)
-    if "output" in changes:
-        changes["output"] = changes["output"].format(tmp=tmp_path)
     with pytest.raises((ValueError, OSError), match=message):
         generate(options(folder, tmp_path, prompt, **changes))
+
+
+def test_a_prompt_may_look_like_a_file_or_be_long(folder, tmp_path):
+    assert len(plan(options(folder, tmp_path, "version 1.5 of a red circle"))) == len(plan(options(folder, tmp_path, "a." * 9999))) == 1
 
 
 @pytest.mark.usefixtures("no_loading")
@@ -326,7 +352,7 @@ def test_a_recipe_must_be_one(recipe):
 
 
 def test_an_installation_without_the_small_model(monkeypatch, tmp_path):
-    monkeypatch.setattr("diffusers_cogvideox.demo.__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr("diffusers_cogvideox.demo._ROOT", tmp_path)
     with pytest.raises(FileNotFoundError, match="lacks the weights of the small model"):
         demo_model()
 

@@ -118,6 +118,40 @@ def test_loras(folders, tmp_path):
         plan(GenerateOptions(str(path.with_suffix(".json")), output=str(tmp_path / "c.mp4")))
 
 
+def saved(folder: Path, name: str, **alpha: float) -> str:
+    """Path of a LoRA file of the tiny model."""
+    folder.mkdir(exist_ok=True)
+    save_file(spelled(factors(), "fun", **alpha), folder / name)
+    return str(folder / name)
+
+
+def test_lora_alpha_is_for_the_files_that_leave_it_open(folders, tmp_path):
+    files = saved(tmp_path, "open.safetensors"), saved(tmp_path, "says.safetensors", alpha=2.0)
+    (job,) = plan(asked(folders(), tmp_path / "a.mp4", lora=files, lora_alpha=64.0))
+    assert [lora.alpha for lora in job.settings.loras] == [64.0, None]
+    layers = [layer for layer in load_pipeline(job.settings).transformer.modules() if hasattr(layer, "scaling")]
+    assert len(layers) == len(factors())
+    assert all(layer.scaling == {"lora0": 64.0 / 4, "lora1": 2.0 / 4} for layer in layers)
+    with pytest.raises(ValueError, match=r"--lora-alpha 64 has no effect: .*says\.safetensors says it already\. .* --lora FILE:STRENGTH"):
+        plan(asked(folders(), tmp_path / "a.mp4", lora=files[1:], lora_alpha=64.0))
+
+
+def test_lora_alpha_must_not_contradict_a_part_of_a_file(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(generating, "load_pipeline", lambda *_: pytest.fail("the weights were loaded"))
+    tensors = spelled(factors(), "fun", alpha=2.0)
+    tensors.pop(next(name for name in tensors if name.endswith(".alpha")))
+    save_file(tensors, tmp_path / "part.safetensors")
+    with pytest.raises(ValueError, match=r"lora_alpha=64 contradicts .*part\.safetensors, which says 2"):
+        generate(asked(folders(), tmp_path / "a.mp4", lora=(str(tmp_path / "part.safetensors"),), lora_alpha=64.0))
+
+
+def test_a_folder_of_a_lora(folders, tmp_path):
+    file = saved(tmp_path / "lora", "pytorch_lora_weights.safetensors", alpha=2.0)
+    (job,) = plan(asked(folders(), tmp_path / "a.mp4", lora=(f"{tmp_path / 'lora'}:0.5",)))
+    (lora,) = job.settings.loras
+    assert (lora.file.path, lora.scale) == (str(Path(file).resolve()), 0.5)
+
+
 def test_a_lora_of_another_model(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(generating, "load_pipeline", lambda *_: pytest.fail("the weights were loaded"))
     save_file(spelled(factors(width=128), "diffusers", alpha=4.0), tmp_path / "wide.safetensors")
@@ -158,7 +192,7 @@ def test_changed_files_make_another_video(folders, files, tmp_path):
 @pytest.mark.parametrize(
     ("variant", "options", "message"),
     [
-        ("5b", {"image": "picture"}, r"--image needs an image-to-video model \(such as zai-org/CogVideoX-5b-I2V\)"),
+        ("5b", {"image": "picture"}, r"--image needs an image-to-video model \(such as demo-i2v or zai-org/CogVideoX-5b-I2V\)"),
         ("5b-i2v", {}, "A prompt alone needs a text-to-video model"),
         ("5b", {"control": "video"}, "--control needs a Fun Control model"),
         ("5b", {"video": "video", "mask": "video"}, "--video with --mask needs a Fun InP model"),

@@ -63,7 +63,7 @@ def test_a_file_that_does_not_say_its_alpha(tmp_path, capsys):
     """Nothing is assumed, and no warning is given: nobody has asked to use it."""
     torch.save({"module": spelled(factors(), "sat")}, tmp_path / "sat.pt")
     lines = dict(line.split(maxsplit=1) for line in printed(capsys, tmp_path / "sat.pt").splitlines())
-    assert lines["alpha"] == "not in the file: pass lora_alpha=... when loading it"
+    assert lines["alpha"] == "not in the file: give it as --lora-alpha, in Python lora_alpha=..."
     assert lines["fits"] == "none of the released models"
     assert describe_lora(str(tmp_path / "sat.pt"))["alphas"] is None
 
@@ -87,7 +87,9 @@ def test_mistakes_are_one_line(tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_folders_of_models_are_no_loras(folders, tmp_path):
+def test_folders_of_models_are_no_loras(folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").touch()  # the shipped model comes first
     assert not is_lora_place(str(folders()))
     assert not is_lora_place(str(folders() / "transformer"))
     assert not is_lora_place(str(tmp_path))

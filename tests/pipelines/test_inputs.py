@@ -237,5 +237,5 @@ def test_a_damaged_image_file(tmp_path: Path):
 
 
 def test_an_unknown_fit():
-    with pytest.raises(ValueError, match="fit='crop' is unknown: use one of stretch, cover, contain"):
+    with pytest.raises(ValueError, match="fit='crop' is unknown: use one of cover, contain, stretch"):
         load_image(FRAME, *SIZE, "crop")

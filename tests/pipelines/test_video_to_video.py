@@ -210,6 +210,7 @@ def test_guidance_without_effect_is_reported_once(pipe, caplog):
         ({"video": None}, "exactly one of video and latents"),
         ({"video": clip(9, 32, 48), "latents": torch.randn(1, 3, 4, 4, 6)}, "exactly one of video and latents"),
         ({"latents": torch.randn(1, 3, 4, 4, 7)}, r"\(1, 3, 4, 4, 7\).*need \(1, 3, 4, 4, 6\)"),
+        ({"latents": torch.randn(1, 3, 4, 4, 6), "fit": "cover"}, "fit='cover' has no effect on latents"),
         ({"latents": torch.randn(3, 4, 4, 6)}, r"latents .*not \(3, 4, 4, 6\)"),
         ({"video": [clip(9, 32, 48)] * 2}, r"video: 2 were passed for 1 prompt\(s\)"),
         ({"video": clip(10, 32, 48)}, "num_frames=10 cannot be decoded exactly"),
@@ -233,6 +234,12 @@ def test_impossible_arguments(pipe, options, message: str):
 def test_a_video_needs_the_vae(pipe):
     with pytest.raises(ValueError, match=r"no vae: load it with one\."):
         latents(CogVideoXVideoToVideoPipeline(**{**pipe.components, "vae": None}))
+
+
+def test_latents_need_no_vae(pipe):
+    noised = torch.randn(1, 3, 4, 4, 6)
+    without = CogVideoXVideoToVideoPipeline(**{**pipe.components, "vae": None})
+    torch.testing.assert_close(latents(without, latents=noised), latents(pipe, latents=noised))
 
 
 # --- real clips -------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The loop: exact resume, schedules, logs, interruption."""
 
 import json
+import signal
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import diffusers_cogvideox.training.loop as loop
 from diffusers_cogvideox.models.autoencoder import AutoencoderKLCogVideoX
 from diffusers_cogvideox.training.config import DataOptions, Optimisation, Stage, TrainConfig
 from diffusers_cogvideox.training.loop import learning_rate_factor, run
@@ -66,6 +68,28 @@ def test_interrupted_run_resumes_exactly(tmp_path: Path) -> None:
     assert [line["loss"] for line in lines(tmp_path / "whole")] == [line["loss"] for line in lines(tmp_path / "parted")]
 
 
+def test_a_step_that_has_begun_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C comes after the fourth update, before the average: without care, the run would make that update again."""
+    whole = config(tmp_path / "whole")
+    run(whole, VAETask(whole))
+    average, calls = loop.EMAModel.step, []
+
+    def interrupted(self: Any, parameters: Any) -> None:
+        calls.append(1)
+        if len(calls) == 4:
+            signal.raise_signal(signal.SIGINT)
+        average(self, parameters)
+
+    monkeypatch.setattr(loop.EMAModel, "step", interrupted)
+    parted = config(tmp_path / "parted")
+    with pytest.raises(KeyboardInterrupt):
+        run(parted, VAETask(parted))
+    run(parted, VAETask(parted))
+    assert len(calls) == 6
+    expected, result = weights(tmp_path / "whole" / "final"), weights(tmp_path / "parted" / "final")
+    assert all(torch.equal(expected[key], result[key]) for key in expected)
+
+
 def test_finished_run_is_not_trained_again(tmp_path: Path) -> None:
     settings = config(tmp_path)
     run(settings, VAETask(settings))
@@ -116,6 +140,8 @@ def test_nonfinite_gradients_stop_the_run(tmp_path: Path) -> None:
         ({"vae": "folder"}, "vae has no effect when the vae is trained, only for: transformer"),
         ({"data": DataOptions(clips=9)}, "data.clips has no effect"),
         ({"task": "text_encoder"}, "stages.crop has no effect when the text_encoder is trained"),
+        ({"keep_checkpoints": 0}, "keep_checkpoints=0 is not possible: it must be at least 1"),
+        ({"evaluate_prompts": -1}, "evaluate_prompts=-1 is not possible: it must be at least 0"),
         ({"model": {"latent_chanels": 4}}, "model has no key latent_chanels; it has act_fn, "),
         ({"objective": {"kl": 1.0}}, "objective has no key kl; it has kl_weight"),
     ],
@@ -132,6 +158,16 @@ def test_weights_to_start_from_are_used_and_must_fit(tmp_path: Path) -> None:
     assert torch.equal(started.encoder.conv_in.conv.weight, vae.encoder.conv_in.conv.weight)
     with pytest.raises(ValueError, match=r"model\.latent_channels=8, but the weights in .* have latent_channels=4"):
         VAETask(config(tmp_path, init_from=str(tmp_path / "start"), model=TINY_VAE | {"latent_channels": 8}))
+
+
+def test_folders_that_are_not_there_are_not_looked_for_on_the_hub(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="init_from: there is no folder nowhere"):
+        VAETask(config(tmp_path, init_from="nowhere"))
+
+
+def test_data_without_clips_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"data\.clips=0 is not possible"):
+        DataOptions(clips=0)
 
 
 def test_batch_that_cannot_be_split_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,3 +85,25 @@ def test_kl_vanishes_for_a_standard_normal_posterior() -> None:
     nn.init.zeros_(vae.encoder.conv_out.conv.weight)
     nn.init.zeros_(vae.encoder.conv_out.conv.bias)
     assert VAEObjective(vae, kl_weight=1.0)(torch.zeros(1, 3, 1, 16, 16))["kl"] == 0
+
+
+def test_balanced_timesteps_contribute_alike() -> None:
+    """With L_t^-1 as the weight of a sample, the expected contribution of every range of timesteps is the same."""
+
+    class Zero(torch.nn.Module):
+        def forward(self, hidden_states: torch.Tensor, *_: object, **__: object) -> tuple[torch.Tensor]:
+            return (torch.zeros_like(hidden_states),)
+
+    timesteps = torch.arange(50, 1000, 100)
+    latents = torch.randn(10, 1, 2, 4, 4) * torch.arange(1.0, 11.0).view(-1, 1, 1, 1, 1)
+    arguments = {"latents": latents, "text": torch.zeros(10, 1, 1), "noise": torch.zeros_like(latents), "rotary": None}
+    alphas = torch.linspace(0.9, 0.0, 1000)
+    objective = DiffusionObjective(Zero(), alphas, balance=1.0)
+    plain = DiffusionObjective(Zero(), alphas)(timesteps=timesteps, **arguments)
+    torch.testing.assert_close(objective(timesteps=timesteps, **arguments)["loss"], plain["loss"])  # nothing is known at first
+    for _ in range(400):
+        objective.observe(plain["per_sample"], timesteps)
+    torch.testing.assert_close(objective.typical_loss, plain["per_sample"], rtol=1e-3, atol=0)
+    weights = 1 / plain["per_sample"]
+    expected = (weights / weights.mean() * plain["per_sample"]).mean()
+    torch.testing.assert_close(objective(timesteps=timesteps, **arguments)["loss"], expected, rtol=1e-3, atol=0)

@@ -109,3 +109,14 @@ def test_latent_statistics() -> None:
     assert statistics["channel_mean"] == pytest.approx([0, 1, 2, 3], abs=0.1)
     assert statistics["channel_std"] == pytest.approx([2] * 4, abs=0.1)
     assert statistics["scaling_factor"] == pytest.approx(1 / statistics["std"])
+
+
+def test_image_models_are_not_measured_by_words(tmp_path: Path, parts: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="evaluate_prompts measures text-to-video models"):
+        TransformerTask(config(tmp_path, parts, model=TINY_MODEL | {"in_channels": 8}, evaluate_prompts=8))
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder"])
+def test_parts_that_are_not_there(part: str, tmp_path: Path, parts: dict[str, str]) -> None:
+    with pytest.raises(FileNotFoundError, match=f"{part}: there is no folder nowhere"):
+        TransformerTask(config(tmp_path, parts | {part: "nowhere"}))

@@ -71,6 +71,11 @@ class Lora:
         return any(layer.magnitude is not None for layer in self.layers.values())
 
     @property
+    def says_alpha(self) -> bool:
+        """Whether the file names the alpha of every layer."""
+        return all(layer.alpha is not None for layer in self.layers.values())
+
+    @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the weights that it is for, by layer."""
         return {name: layer.shape for name, layer in self.layers.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -72,15 +73,21 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         with torch.serialization.safe_globals(_ARRAYS):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise OSError(
-            f"{path} cannot be opened without running code that it contains, or is no weight file, so it is refused ({reason}). Have it "
-            "saved again as safetensors by somebody who trusts it."
-        ) from error
+        raise _refused(path, str(error)) from error
     except (RuntimeError, EOFError, ValueError, OSError, SafetensorError) as error:  # torch reads what is named .safetensors as such
         reason = str(error).splitlines()[0] if str(error) else "it ends too early"
         raise OSError(f"{path} is corrupt or was not copied completely ({reason}). Copy or download it again.") from error
     return _tensors(_unwrapped(content), path)
+
+
+def _refused(path: Path, reason: str) -> OSError:
+    """What to say about a pickle that PyTorch does not open; PyTorch itself advises to run its code."""
+    if code := re.search(r"(?:GLOBAL|function|class) (\S+\.\w+)", reason):
+        return OSError(
+            f"{path} cannot be opened without running code that it contains ({code[1]}), so it is refused. Have it saved again as "
+            "safetensors by somebody who trusts it."
+        )
+    return OSError(f"{path} is no weight file, or is corrupt, so it is refused. Copy or download it again.")
 
 
 def _unwrapped(content: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from diffusers.models import AutoencoderKLCogVideoX as StockVAE
 from diffusers.models import CogVideoXTransformer3DModel as StockTransformer
+from diffusers.models.modeling_utils import get_parameter_device
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.video_processor import VideoProcessor
 from torch import Tensor
@@ -55,9 +56,6 @@ class CogVideoXPipelineBase(PortablePipeline, CogVideoXLoraMixin, InversionMixin
     model_cpu_offload_seq = "text_encoder->transformer->vae"  # type: ignore[assignment]
     _optional_components: list[str] = []  # noqa: RUF012 - diffusers reads plain class attributes
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]  # noqa: RUF012
-
-    _encodes_pixels = False
-    """Whether the task starts from pictures, so that it needs the VAE for latents too."""
 
     tokenizer: Any
     text_encoder: Any
@@ -218,10 +216,25 @@ class CogVideoXPipelineBase(PortablePipeline, CogVideoXLoraMixin, InversionMixin
         """Undo `fuse_qkv_projections`."""
         self.transformer.unfuse_qkv_projections()
 
+    def check_component(self, name: str, remedy: str = "load it with one") -> None:
+        """Raise ValueError when a component that a call needs is missing, or elsewhere than the call runs.
+
+        A component that is offloaded is where its hooks bring it when it runs.
+        """
+        component, device = getattr(self, name), self._execution_device
+        if component is None:
+            raise ValueError(f"The pipeline has no {name}: {remedy}.")
+        place = get_parameter_device(component)  # with group offloading, the device that it is brought to
+        if not hasattr(component, "_hf_hook") and place.type != device.type:
+            raise ValueError(
+                f"{name} is on {place}, but the pipeline runs on {device}. Move all of it with pipe.to({device.type!r}), "
+                "or use pipe.enable_model_cpu_offload()."
+            )
+
     # --- one call ---------------------------------------------------------------------------------------------------
 
     def generate(self, request: Request, make_condition: MakeCondition) -> CogVideoXPipelineOutput | tuple[Any]:
-        """Text, timesteps, condition, loop, video: one call of any task.
+        """Timesteps, condition, text, loop, video: one call of any task.
 
         Raises:
             ValueError: for a request, scheduler or component placement that cannot give what was asked for.
@@ -245,19 +258,20 @@ class CogVideoXPipelineBase(PortablePipeline, CogVideoXLoraMixin, InversionMixin
         self._attention_kwargs = request.attention_kwargs
         self._current_timestep, self._interrupt = None, False
 
+        device = self._execution_device
+        timesteps = set_timesteps(self.scheduler, request.num_inference_steps, request.timesteps, device)
+        # Pixels are encoded before text: an offloaded text encoder, the largest model, then comes after that, and leaves for the loop.
+        condition = make_condition(timesteps, torch.empty(0, dtype=self.transformer.dtype, device=device))
         positive, negative = self._embeddings(request)
-        timesteps = set_timesteps(self.scheduler, request.num_inference_steps, request.timesteps, self._execution_device)
-        condition = make_condition(timesteps, positive)
         timesteps, step = walk(timesteps) if walk else (timesteps[condition.first_step :], None)
         self._num_timesteps = len(timesteps)
         return denoise(self, condition, timesteps, request, positive, negative, step), condition.padding
 
     def _embeddings(self, request: Request) -> tuple[Tensor, Tensor | None]:
         """Embeddings of the request in the transformer's dtype: (B, L, D_text), and the unconditional half or None."""
-        guided = request.guidance_scale > 1
         positive, negative = self.encode_prompt(
             **vars(request.inputs),
-            do_classifier_free_guidance=guided and not request.zero_unconditional,
+            do_classifier_free_guidance=request.guided and not request.zero_unconditional,
             num_videos_per_prompt=request.num_videos_per_prompt,
             max_sequence_length=request.max_sequence_length,
             dtype=self.transformer.dtype,
@@ -265,27 +279,15 @@ class CogVideoXPipelineBase(PortablePipeline, CogVideoXLoraMixin, InversionMixin
         width = self.transformer.config.text_embed_dim
         if positive.shape[-1] != width:
             raise ValueError(f"prompt_embeds are {positive.shape[-1]} wide, but the transformer reads embeddings of width {width}.")
-        return positive, torch.zeros_like(positive) if guided and request.zero_unconditional else negative
+        return positive, torch.zeros_like(positive) if request.guided and request.zero_unconditional else negative
 
     def _check_components(self, request: Request) -> None:
-        """Raise ValueError when a component that will be used is missing, or elsewhere than the call runs.
-
-        Offloaded ones are moved by their hooks; a missing text encoder is reported where text is encoded.
-        """
-        used = ["transformer"]
-        used += ["vae"] if self._encodes_pixels or request.output_type != "latent" else []
-        used += ["text_encoder"] if request.inputs.prompt is not None and self.text_encoder is not None else []
-        device = self._execution_device
-        for name in used:
-            component = getattr(self, name)
-            if component is None:
-                remedy = "" if self._encodes_pixels else ", or (without a vae) ask for output_type='latent'"
-                raise ValueError(f"The pipeline has no {name}: load it with one{remedy}.")
-            if not hasattr(component, "_hf_hook") and component.device.type != device.type:
-                raise ValueError(
-                    f"{name} is on {component.device}, but the pipeline runs on {device}. Move all of it with pipe.to({device.type!r}), "
-                    "or use pipe.enable_model_cpu_offload()."
-                )
+        """Raise ValueError when a component that every task uses is missing or misplaced; a text encoder that is missing is told later."""
+        self.check_component("transformer")
+        if request.output_type != "latent":
+            self.check_component("vae", "load it with one, or ask for output_type='latent'")
+        if request.reads_text and self.text_encoder is not None:
+            self.check_component("text_encoder")
 
     def _check_precision(self) -> None:
         """Warn about a precision in which a released model overflows, unless its safe mode is on."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar
 
 from ..options import GenerateOptions, MistakesError
+from .json_types import type_mistakes
 
 __all__ = ["Item", "each", "read_items"]
 
@@ -35,13 +36,14 @@ def read_items(options: GenerateOptions) -> list[Item]:
 
     Raises:
         FileNotFoundError: for a file that is not there.
-        ValueError: for an empty prompt or file, and for a file that is not UTF-8 text.
+        ValueError: for an empty prompt or file, for a file that is not UTF-8 text, and for a file of another kind.
         MistakesError: for all lines that are wrong.
     """
     kind = Path(options.prompt).suffix
     if kind not in (".txt", ".jsonl"):
+        _check_is_text(options.prompt)
         return [Item("", _with_prompt(options, options.prompt))]
-    read = _read_prompt if kind == ".txt" else _read_object
+    read = _with_prompt if kind == ".txt" else _read_object
     lines = [(number, line.strip()) for number, line in enumerate(_read_lines(options.prompt), start=1) if line.strip()]
     if not lines:
         raise ValueError(f"{options.prompt} is empty: write one {'prompt' if kind == '.txt' else 'JSON object'} per line.")
@@ -78,14 +80,20 @@ def _read_lines(name: str) -> list[str]:
         raise ValueError(f"{name} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
 
 
+def _check_is_text(prompt: str) -> None:
+    """Raise ValueError for the name of a file: somebody wants more than a video of these letters."""
+    with suppress(OSError):  # too long for a name
+        if Path(prompt).suffix and Path(prompt).is_file():
+            raise ValueError(
+                f"{prompt} is a file, but files of prompts end in .txt or .jsonl, and recipes in .json. To start from a picture or a "
+                "video, use --image, --video, --control or --extend beside a prompt."
+            )
+
+
 def _with_prompt(options: GenerateOptions, prompt: str) -> GenerateOptions:
     if not prompt.strip():
         raise ValueError("the prompt is empty: say what to show.")
     return replace(options, prompt=prompt)
-
-
-def _read_prompt(options: GenerateOptions, line: str) -> GenerateOptions:
-    return _with_prompt(options, line)
 
 
 def _read_object(options: GenerateOptions, line: str) -> GenerateOptions:
@@ -105,9 +113,7 @@ def _read_object(options: GenerateOptions, line: str) -> GenerateOptions:
 
 def _problems(content: Mapping[str, Any]) -> Iterator[str]:
     """All that is wrong with the keys and types of a line."""
-    types = get_type_hints(GenerateOptions)
-    known = {field.name for field in fields(GenerateOptions)}
-    allowed = known - WHOLE_RUN
+    allowed = {field.name for field in fields(GenerateOptions)} - WHOLE_RUN
     if "prompt" not in content:
         yield 'the key "prompt" is missing.'
     for name, value in content.items():
@@ -115,23 +121,5 @@ def _problems(content: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name!r} holds for all lines: give it as --{name.replace('_', '-')}."
         elif name not in allowed:
             yield f"{name!r} is unknown: known are {', '.join(sorted(allowed))}."
-        elif not _fits(value, types[name]):
-            yield f"{name} {value!r} is not possible: expected {_expected(types[name])}."
-
-
-def _fits(value: Any, annotation: Any) -> bool:
-    """Whether a JSON value is of an option's type."""
-    if get_origin(annotation) in (Union, UnionType):
-        return any(_fits(value, part) for part in get_args(annotation))
-    if get_origin(annotation) is Literal:
-        return value in get_args(annotation)
-    return type(value) in ((int, float) if annotation is float else (annotation,))
-
-
-def _expected(annotation: Any) -> str:
-    """An option's type in words."""
-    if get_origin(annotation) in (Union, UnionType):
-        return " or ".join(map(_expected, get_args(annotation)))
-    if get_origin(annotation) is Literal:
-        return f"one of {', '.join(get_args(annotation))}"
-    return {str: "a text", int: "a whole number", float: "a number", type(None): "null"}[annotation]
+        else:
+            yield from type_mistakes(GenerateOptions, {name: value})

@@ -10,7 +10,7 @@ from torch import Tensor
 from .conditioning import Condition, noise_condition
 from .request import Request
 
-__all__ = ["fun_condition", "lasting", "nominal_steps", "shown_steps"]
+__all__ = ["fun_condition", "lasting"]
 
 
 def fun_condition(pipe: Any, request: Request, like: Tensor) -> Condition:
@@ -40,25 +40,3 @@ def lasting(request: Request, num_frames: int | None, there: int, *, name: str) 
             f"num_frames={num_frames} is more than the {there} frames of the {name}: ask for at most {there}, or pass a longer one."
         )
     return replace(request, num_frames=there if num_frames is None else num_frames)
-
-
-def nominal_steps(request: Request, scheduler: Any) -> int:
-    """Length of the loop that `request` asks for: schedulers of order k predict k times in a step."""
-    steps = request.num_inference_steps if request.timesteps is None else len(request.timesteps)
-    return steps * getattr(scheduler, "order", 1)
-
-
-def shown_steps(start: float, end: float, steps: int) -> range:
-    """The steps, of `steps`, from the fraction `start` of them to the fraction `end`, both rounded to whole steps.
-
-    Raises:
-        ValueError: for fractions that are not 0 <= start < end <= 1, and where they leave no step.
-    """
-    if not 0 <= start < end <= 1:
-        raise ValueError(f"control_start={start} and control_end={end} are not possible: 0 <= start < end <= 1 must hold.")
-    shown = range(round(start * steps), round(end * steps))
-    if not shown:
-        raise ValueError(
-            f"control_start={start} and control_end={end} leave none of {steps} steps: they must be at least {1 / steps:.3g} apart."
-        )
-    return shown

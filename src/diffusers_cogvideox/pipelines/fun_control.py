@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -13,9 +12,10 @@ from torch import Tensor
 from .base import CogVideoXPipelineBase
 from .call import task_call
 from .conditioning import Condition
-from .encoding import broadcast, encode_video
+from .encoding import broadcast, check_sources, encode_video
 from .framing import pad_video
-from .fun_condition import fun_condition, lasting, nominal_steps, shown_steps
+from .fun_condition import fun_condition, lasting
+from .guidance import check_interval, steps_inside
 from .inputs import Fit, load_video
 from .output import CogVideoXPipelineOutput
 from .request import Request
@@ -29,8 +29,6 @@ class CogVideoXFunControlPipeline(CogVideoXPipelineBase):
 
     The latents of the control video, the mean of the VAE's posterior for every frame, are C extra channels at every step.
     """
-
-    model_cpu_offload_seq = "text_encoder->vae->transformer->vae"  # type: ignore[assignment]
 
     @task_call(without=("num_frames",), control_video="negative_prompt", control_video_latents="latents")
     def __call__(
@@ -56,17 +54,19 @@ class CogVideoXFunControlPipeline(CogVideoXPipelineBase):
         fit: how pictures of another shape are made to fit: "stretch", "cover" (crop the middle) or "contain" (pad with black).
         """
         check_task(self.transformer.config, "control")
-        self.geometry.padded_size(request.height, request.width)  # raises before files are read
         if not 0 <= control_strength < math.inf:
             raise ValueError(f"control_strength={control_strength} is not possible: it must be 0 or more.")
-        shown = shown_steps(control_start, control_end, nominal_steps(request, self.scheduler))
-        there, channels = self._control(control_video, control_video_latents, (request.height, request.width), fit)
+        check_interval((control_start, control_end), "(control_start, control_end)")
+        source, there = self._control(control_video, control_video_latents, (request.height, request.width), fit)
         request = lasting(request, num_frames, there, name="control video")
+        check_sources(len(source), request, name="control_video")
 
-        def controlled(_: Tensor, like: Tensor) -> Condition:
-            start, control = fun_condition(self, request, like), channels(request.num_frames)
+        def controlled(timesteps: Tensor, like: Tensor) -> Condition:
+            start = fun_condition(self, request, like)
+            control = source if control_video is None else self._encode_control(source[:, :, : request.num_frames])
             _check_latents(control, start.latents)
             extra = broadcast(control.to(like), request, name="control_video") * control_strength
+            shown = steps_inside((control_start, control_end), len(timesteps), "(control_start, control_end)")
             return replace(start, extra=extra, extra_steps=shown)
 
         return self.generate(request, controlled)
@@ -81,27 +81,32 @@ class CogVideoXFunControlPipeline(CogVideoXPipelineBase):
             ValueError: without a vae, and as `__call__` for the video.
         """
         defaults = self.call_defaults()
-        return self._encode_control(load_video(control_video, height or defaults["height"], width or defaults["width"], fit))
+        size = defaults["height"] if height is None else height, defaults["width"] if width is None else width
+        return self._encode_control(self._load_control(control_video, size, fit))
 
-    def _control(self, video: Any, latents: Tensor | None, size: tuple[int, int], fit: Fit) -> tuple[int, Callable[[int], Tensor]]:
-        """Frames of the control that was passed, and a function that gives the channels (B, f, C, h, w) of its first ones."""
+    def _control(self, video: Any, latents: Tensor | None, size: tuple[int, int], fit: Fit) -> tuple[Tensor, int]:
+        """The control video (B, 3, F, H, W), or the `latents` (B, f, C, h, w) in its place, and its number of frames."""
         if (video is None) == (latents is None):
             raise ValueError("Pass exactly one of control_video and control_video_latents.")
         if latents is None:
-            clip = load_video(video, *size, fit)
-            return clip.shape[2], lambda frames: self._encode_control(clip[:, :, :frames])
+            clip = self._load_control(video, size, fit)
+            return clip, clip.shape[2]
         if fit != "stretch":
             raise ValueError(f"fit={fit!r} has no effect on control_video_latents: pass it to encode_control_video.")
         if latents.ndim != 5:
             raise ValueError(
                 f"control_video_latents must be of shape (videos, latent frames, channels, height, width), not {tuple(latents.shape)}."
             )
-        return self.geometry.unpadded_frames(latents.shape[1]), lambda _: latents
+        return latents, self.geometry.unpadded_frames(latents.shape[1])
+
+    def _load_control(self, video: Any, size: tuple[int, int], fit: Fit) -> Tensor:
+        """Control videos (B, 3, F, H, W) that can be encoded."""
+        self.check_component("vae", "load it with one, or pass control_video_latents")
+        self.geometry.padded_size(*size)  # raises before files are read
+        return load_video(video, *size, fit)
 
     def _encode_control(self, clip: Tensor) -> Tensor:
         """Scaled latents (B, f, C, h, w) of control videos (B, 3, F, H, W)."""
-        if self.vae is None:
-            raise ValueError("The pipeline has no vae to encode control_video with: load it with one, or pass control_video_latents.")
         pixels = pad_video(clip, self.geometry, whole_patches=True).to(self._execution_device)
         return encode_video(self.vae, pixels, sample=False) * self.vae_scaling_factor_image
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -13,10 +12,10 @@ from torch import Tensor
 from .base import CogVideoXPipelineBase
 from .call import task_call
 from .conditioning import Condition
-from .encoding import broadcast, encode_sources, encode_video
+from .encoding import broadcast, check_noise, check_sources, encode_sources, encode_video
 from .framing import pad_video
 from .fun_condition import fun_condition, lasting
-from .fun_mask import BLACK, frames_between, kept_latents, load_mask, masked
+from .fun_mask import BLACK, frames_between, kept_latents, load_mask, masked, window_anchors
 from .inputs import Fit, load_image, load_video
 from .output import CogVideoXPipelineOutput
 from .request import Request
@@ -34,9 +33,6 @@ class CogVideoXFunInpaintPipeline(CogVideoXPipelineBase):
     The extra channels are the mask, at the size of the latents, and the latents of the masked video, the mean of the VAE's
     posterior; `fun_mask` says how they are made. Without pictures or video this is text to video.
     """
-
-    model_cpu_offload_seq = "text_encoder->vae->transformer->vae"  # type: ignore[assignment]
-    _encodes_pixels = True
 
     @task_call(without=("num_frames",), num_frames="width")
     def __call__(
@@ -65,12 +61,11 @@ class CogVideoXFunInpaintPipeline(CogVideoXPipelineBase):
         fit: how pictures of another shape are made to fit: "stretch", "cover" (crop the middle) or "contain" (pad with black).
         """
         check_task(self.transformer.config, "inpaint")
-        noise = self._noise_level(image_noise)
+        noise = self._trained_noise() if image_noise is None else check_noise(image_noise)
         self.geometry.padded_size(request.height, request.width)  # raises before files are read
         if video is None and mask_video is None:
             request = request if num_frames is None else replace(request, num_frames=num_frames)
-            request.check_size(self.geometry)
-            clip, mask = _from_pictures(request, image, last_image, fit)
+            clip, mask = self._from_pictures(request, image, last_image, fit)
         elif video is None or mask_video is None or image is not None or last_image is not None:
             raise ValueError(
                 "video and mask_video belong together, and take the place of image and last_image: pass one pair or the other."
@@ -80,19 +75,36 @@ class CogVideoXFunInpaintPipeline(CogVideoXPipelineBase):
             mask = load_mask(mask_video, request.height, request.width, clip.shape[2], fit)
             request = lasting(request, num_frames, clip.shape[2], name="video")
             clip, mask = (part[:, :, : request.num_frames] for part in (clip, mask))
+        self._check_known(clip, mask, request, image_noise)
+        windows = request.context is not None and request.context.frames < request.num_frames
+        anchors = window_anchors(mask) if windows else 0
 
         def inpainted(_: Tensor, like: Tensor) -> Condition:
             start = fun_condition(self, request, like)
-            return replace(start, extra=self._known_channels(clip, mask, request, noise, start.latents))
+            return replace(start, extra=self._known_channels(clip, mask, request, noise, start.latents), anchors=anchors)
 
         return self.generate(request, inpainted)
 
-    def _noise_level(self, image_noise: float | None) -> float:
-        if image_noise is None:
-            return TRAINED_NOISE if self.transformer.config.get("add_noise_in_inpaint_model") else 0.0
-        if not 0 <= image_noise < math.inf:
-            raise ValueError(f"image_noise={image_noise} is not possible: it is a standard deviation, 0 or more.")
-        return image_noise
+    def _from_pictures(self, request: Request, image: Any, last_image: Any, fit: Fit) -> tuple[Tensor, Tensor]:
+        """Video (B, 3, F, H, W) and mask (1, 1, F, H, W) of a request that knows its first or last frame, or neither."""
+        request.check_size(self.geometry)
+        if image is None and last_image is None and fit != "stretch":
+            raise ValueError(f"fit={fit!r} has no effect without a picture or a video: leave it out.")
+        size = request.height, request.width
+        first, last = (None if picture is None else load_image(picture, *size, fit) for picture in (image, last_image))
+        return frames_between(first, last, request.num_frames, *size)
+
+    def _check_known(self, clip: Tensor, mask: Tensor, request: Request, image_noise: float | None) -> None:
+        """Raise ValueError for a video and a mask that do not go with the prompts, or that the pipeline cannot encode."""
+        for part, name in ((clip, "image or video"), (mask, "mask_video")):
+            check_sources(len(part), request, name=name)
+        if (mask < 0.5).any():
+            self.check_component("vae")
+        elif image_noise:
+            raise ValueError(f"image_noise={image_noise} has no effect where nothing is kept: leave it out, or pass a picture.")
+
+    def _trained_noise(self) -> float:
+        return TRAINED_NOISE if self.transformer.config.get("add_noise_in_inpaint_model") else 0.0
 
     def _known_channels(self, clip: Tensor, mask: Tensor, request: Request, noise: float, latents: Tensor) -> Tensor:
         """Mask and masked video as channels (B, f, 1 + C, h, w) beside the latents (B, f, C, h, w).
@@ -104,13 +116,14 @@ class CogVideoXFunInpaintPipeline(CogVideoXPipelineBase):
             noise: its standard deviation.
             latents: for their shape, dtype and device.
         """
-        _, frames, _, *size = latents.shape
+        batch, frames, channels, *size = latents.shape
+        if not (mask < 0.5).any():
+            return latents.new_zeros(batch, frames, 1 + channels, *size)
         clip, mask = (pad_video(part, self.geometry, whole_patches=True).to(latents.device) for part in (clip, mask))
         anything_kept = (mask < 0.5).flatten(1).any(dim=1).to(latents)[:, None, None, None, None]
-        kept = broadcast(kept_latents(mask, frames, *size), request, name="mask_video").to(latents)
-        known = self._encode_known(masked(clip, mask), request, noise).to(latents)
-        channels = torch.cat([kept, known], dim=2) * self.vae_scaling_factor_image
-        return channels * broadcast(anything_kept, request, name="mask_video")
+        kept = broadcast(kept_latents(mask, frames, *size) * anything_kept, request, name="mask_video").to(latents)
+        known = self._encode_known(masked(clip, mask), request, noise).to(latents) * broadcast(anything_kept, request, name="mask_video")
+        return torch.cat([kept, known], dim=2) * self.vae_scaling_factor_image
 
     def _encode_known(self, pixels: Tensor, request: Request, noise: float) -> Tensor:
         """Unscaled latents (B, f, C, h, w) of masked videos (1 or prompts, 3, F, H, W), with noise on all that is not black."""
@@ -119,10 +132,3 @@ class CogVideoXFunInpaintPipeline(CogVideoXPipelineBase):
         pixels = broadcast(pixels, request, name="image or video")
         eps = randn_tensor(pixels.shape, generator=request.generator, device=pixels.device, dtype=pixels.dtype)
         return encode_video(self.vae, torch.where(pixels == BLACK, pixels, pixels + noise * eps), sample=False)
-
-
-def _from_pictures(request: Request, image: Any, last_image: Any, fit: Fit) -> tuple[Tensor, Tensor]:
-    """Video (B, 3, F, H, W) and mask (1, 1, F, H, W) of a request that knows its first or last frame, or neither."""
-    size = request.height, request.width
-    first, last = (None if picture is None else load_image(picture, *size, fit) for picture in (image, last_image))
-    return frames_between(first, last, request.num_frames, *size)

@@ -8,7 +8,6 @@ the latents beside it. Where a whole video is to be made, mask and latents are b
 
 from __future__ import annotations
 
-import mimetypes
 import os
 from typing import Any
 
@@ -18,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..video_io import is_picture
 from .inputs import Fit, load_image, load_video
 
-__all__ = ["frames_between", "kept_latents", "load_mask", "masked"]
+__all__ = ["BLACK", "frames_between", "kept_latents", "load_mask", "masked", "window_anchors"]
 
 BLACK = -1.0
 """Value of pixels that are to be made."""
@@ -39,7 +39,7 @@ def load_mask(source: Any, height: int, width: int, frames: int, fit: Fit = "str
         ValueError: for another number of frames.
     """
     source = _in_colour(source)
-    picture = isinstance(source, PIL.Image.Image) or (isinstance(source, str | os.PathLike) and _names_picture(source))
+    picture = isinstance(source, PIL.Image.Image) or (isinstance(source, str | os.PathLike) and is_picture(source))
     mask = load_image(source, height, width, fit).unsqueeze(2) if picture else load_video(source, height, width, fit)
     if mask.shape[2] not in (1, frames):
         raise ValueError(f"mask_video has {mask.shape[2]} frames for a video of {frames}: pass as many, or a single picture for all.")
@@ -56,10 +56,6 @@ def _in_colour(source: Any) -> Any:
     if source.ndim < 4:
         source = source.reshape(-1, 1, *source.shape[-2:])  # F 1 H W
     return source.expand(*source.shape[:-3], 3, -1, -1) if source.shape[-3] == 1 else source
-
-
-def _names_picture(path: str | os.PathLike[str]) -> bool:
-    return (mimetypes.guess_type(os.fspath(path))[0] or "").startswith("image/")
 
 
 def frames_between(first: Tensor | None, last: Tensor | None, frames: int, height: int, width: int) -> tuple[Tensor, Tensor]:
@@ -105,3 +101,25 @@ def kept_latents(mask: Tensor, latent_frames: int, height: int, width: int) -> T
     parts = [(kept[:, :, :1], 1)] + [(kept[:, :, 1:], latent_frames - 1)] * (latent_frames > 1)
     resized = [F.interpolate(part, size=(frames, height, width), mode="trilinear") for part, frames in parts]
     return torch.cat(resized, dim=2).transpose(1, 2)
+
+
+def window_anchors(mask: Tensor) -> int:
+    """How many first latent frames context windows must keep, 0 or 1, so that none of them sees a video with all of it to be made.
+
+    The models were trained on videos of which something is known, and, for text alone, on zeros in place of all channels. A window
+    without anything known, cut from a video with a known frame elsewhere, is neither.
+
+    Args:
+        mask: (B, 1, F, H, W), 1 where something is to be made.
+
+    Raises:
+        ValueError: when a part of a video is known, but nothing of its first frame.
+    """
+    known = (mask < 0.5).flatten(3).any(dim=3)[:, 0]  # B F
+    uneven = known.any(dim=1) & ~known.all(dim=1)
+    if not known[uneven, 0].all():
+        raise ValueError(
+            "Context windows would see parts of the video in which nothing is known, which the model was not trained for: give the "
+            "first frame too, or a mask that leaves something of every frame."
+        )
+    return int(uneven.any())

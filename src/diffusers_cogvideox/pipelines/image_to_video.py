@@ -35,8 +35,6 @@ class CogVideoXImageToVideoPipeline(CogVideoXPipelineBase):
     elsewhere (CogVideoX, arXiv 2408.06072, appendix "Image To Video Model"); for 1.5 that is the frame which pads the video in front.
     """
 
-    _encodes_pixels = True
-
     @task_call(image=FIRST)
     def __call__(
         self,
@@ -61,6 +59,7 @@ class CogVideoXImageToVideoPipeline(CogVideoXPipelineBase):
         check_task(self.transformer.config, "image")
         check_noise(image_noise)
         _check_scaling(image_latent_scaling)
+        self.check_component("vae")
         request.check_size(self.geometry)  # before there are pictures of an impossible size
         picture = load_image(image, request.height, request.width, fit).unsqueeze(2)  # B 3 1 H W
         check_sources(len(picture), request, name="image")

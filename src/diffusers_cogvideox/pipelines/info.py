@@ -32,7 +32,7 @@ def info(options: InfoOptions) -> str:
 
 
 def describe(model: str) -> dict[str, Any]:
-    """All facts about a pipeline folder, a component folder, a hub repository or the shipped model ("demo").
+    """All facts about a pipeline folder, a component folder, a hub repository or a shipped model.
 
     Keys: model, variant (None when it is not a released architecture), pipeline, components (class, parameters and dtypes of
     each), and as far as the configs tell: geometry, recommended, scheduler. Raises OSError for a model that is not there or not whole.

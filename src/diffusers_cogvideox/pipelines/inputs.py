@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import PIL.Image
@@ -15,14 +15,12 @@ from diffusers.utils import logging
 from PIL import ImageOps
 from torch import Tensor
 
+from ..options import Fit
 from ..video_io import read_video
 
 __all__ = ["Fit", "load_image", "load_video"]
 
 logger = logging.get_logger(__name__)
-
-Fit = Literal["stretch", "cover", "contain"]
-"""How a picture of another shape becomes one of the model's: distorted, cropped around the middle, or padded with black."""
 
 Size = tuple[int, int]  # height, width in pixels
 Picture = PIL.Image.Image | Tensor

@@ -97,7 +97,8 @@ def _choose(names: Sequence[str], where: str) -> str:
     usual = [name for name in _USUAL if name in weights]
     if not usual and len(weights) != 1:
         raise FileNotFoundError(
-            f"{where} holds {len(weights)} weight files ({', '.join(weights[:8]) or 'none'}): say which is the LoRA with weight_name=..."
+            f"{where} holds {len(weights)} weight files ({', '.join(weights[:8]) or 'none'}): name the one that is the LoRA, in "
+            "Python with weight_name=..."
         )
     return (usual or weights)[0]
 

@@ -11,13 +11,14 @@ from typing import Any
 from ..checkpoints.layers import fitting_presets
 from .folder import INDEX
 from .lora_files import has_lora_file, open_lora
+from .model_folder import source_of
 
 __all__ = ["describe_lora", "is_lora_place", "lora_as_text"]
 
 
 def is_lora_place(model: str) -> bool:
     """Whether `model` is a file, or a folder that holds no model but a file that a LoRA is kept in."""
-    path = Path(model)
+    path = Path(source_of(model))
     if path.is_dir():
         return not (path / INDEX).is_file() and not (path / "config.json").is_file() and has_lora_file(path)
     return path.is_file()
@@ -55,7 +56,7 @@ def lora_as_text(facts: Mapping[str, Any]) -> str:
         "lora": facts["lora"],
         "layout": facts["layout"] + (", DoRA" if facts["dora"] else ""),
         "rank": _numbers(facts["ranks"]),
-        "alpha": _numbers(alphas) if alphas else "not in the file: pass lora_alpha=... when loading it",
+        "alpha": _numbers(alphas) if alphas else "not in the file: give it as --lora-alpha, in Python lora_alpha=...",
         "targets": ", ".join(facts["targets"]),
         "layers": f"{facts['layers']} in {facts['blocks']} blocks",
         "parameters": f"{facts['parameters']:,} ({', '.join(facts['dtypes'])})",

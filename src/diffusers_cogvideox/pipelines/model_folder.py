@@ -15,18 +15,20 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 
-from ..demo import demo_model
+from ..demo import demo_image_model, demo_model
 from ..geometry import Geometry
-from ..options import DEMO
+from ..options import DEMO, DEMO_IMAGE
 from ..presets import PRESETS, Preset, match_preset
 from .folder import INDEX, check_folder, component_names, read_json
+from .json_types import type_mistakes
 
-__all__ = ["RECOMMENDATIONS", "ModelFolder", "Recommended", "is_main_variant", "weight_files"]
+__all__ = ["RECOMMENDATIONS", "ModelFolder", "Recommended", "is_main_variant", "source_of", "weight_files"]
 
 RECOMMENDATIONS = "cogvideox.json"
 """A file in a model folder that says how to sample from it: any of the fields of `Recommended`, and a map for previews."""
 
 _CLASSES = {"transformer": "CogVideoXTransformer3DModel", "vae": "AutoencoderKLCogVideoX"}
+_SHIPPED = {DEMO: demo_model, DEMO_IMAGE: demo_image_model}
 _PREVIEW = "preview"  # key of that map
 _SAMPLED = 2**20  # bytes of each weight file that enter the fingerprint
 
@@ -54,24 +56,28 @@ class ModelFolder:
     path: Path
     configs: Mapping[str, Mapping[str, Any]]
     revision: str | None = None  # commit of a hub repository
-    name: str = ""  # under which it can be opened again: "demo", a repository, or an absolute path
+    name: str = ""  # under which it can be opened again: that of a shipped model or a repository, or an absolute path
 
     @classmethod
     def open(cls, model: str | os.PathLike[str]) -> ModelFolder:
-        """Read the configs of a folder, of a hub repository (only its small files are fetched), or of the shipped model ("demo").
+        """Read the configs of a folder, of a hub repository (only its small files are fetched), or of a shipped model.
 
         Raises:
             FileNotFoundError: for a folder that is not there, or holds neither a pipeline nor a component.
             OSError: for a file that is not valid JSON, or a repository that cannot be reached.
         """
         path, revision = _locate(str(model))
-        title = str(path.resolve()) if Path(model).is_dir() and model != DEMO else str(model)
+        title = str(path.resolve()) if Path(model).is_dir() and model not in _SHIPPED else str(model)
         config = path / "config.json"
         if config.is_file() and not (path / INDEX).is_file():
             name = next((name for name, known in _CLASSES.items() if read_json(config).get("_class_name") == known), path.name)
             return cls(path, {name: read_json(config)}, name=title)
         if revision is None:
             check_folder(path)
+        elif not (path / INDEX).is_file():
+            raise FileNotFoundError(
+                f"the repository {model} holds no {INDEX}, so it is not a pipeline. Of a LoRA, give the downloaded file."
+            )
         files = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
         return cls(path, {name: read_json(path / name / files.get(name, "config.json")) for name in component_names(path)}, revision, title)
 
@@ -101,14 +107,17 @@ class ModelFolder:
         """The release's recommendations, or those of the configs; then whatever the folder's cogvideox.json says.
 
         Raises:
-            ValueError: for an unknown key in that file.
+            ValueError: for an unknown key in that file, and for a value of the wrong type.
         """
         known = {field.name for field in fields(Recommended)}
         preset = self.preset
         base = Recommended(**{name: getattr(preset, name) for name in known}) if preset else self._read_from_configs()
         if unknown := sorted(set(self._own) - known - {_PREVIEW}):
             raise ValueError(f"{self.path / RECOMMENDATIONS} holds unknown keys {unknown}: known are {sorted({*known, _PREVIEW})}.")
-        return replace(base, **{name: value for name, value in self._own.items() if name != _PREVIEW})
+        own = {name: value for name, value in self._own.items() if name != _PREVIEW}
+        if mistakes := list(type_mistakes(Recommended, own)):
+            raise ValueError(f"{self.path / RECOMMENDATIONS}: {' '.join(mistakes)}")
+        return replace(base, **own)
 
     @property
     def preview(self) -> dict[str, Any] | None:
@@ -162,12 +171,16 @@ def weight_files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.iterdir() if is_main_variant(file.name)) if folder.is_dir() else []
 
 
+def source_of(model: str) -> str:
+    """What `from_pretrained` takes in place of the name of a model: the folder of a shipped one, else the name itself."""
+    return str(_SHIPPED[model]()) if model in _SHIPPED else model
+
+
 def _locate(model: str) -> tuple[Path, str | None]:
     """The folder of a model and None; for a hub repository, the cached folder of its small files, and its commit."""
-    if model == DEMO:
-        return demo_model(), None
-    if Path(model).is_dir():
-        return Path(model), None
+    folder = Path(source_of(model))
+    if folder.is_dir():
+        return folder, None
     reason = "repositories are named owner/name"
     if model.count("/") == 1:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mimetypes
 import re
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -10,7 +11,7 @@ from typing import Any
 
 from diffusers.utils import is_peft_available
 
-from ..checkpoints.lora import check_fits
+from ..checkpoints.lora import check_fits, with_alpha
 from ..files import check_writable
 from ..options import GenerateOptions, parse_size
 from ..video_io import CONTAINERS
@@ -19,6 +20,7 @@ from .folder import read_json
 from .job import Job
 from .lora_files import open_lora
 from .model_folder import ModelFolder
+from .routes import choose_pipeline
 from .settings import Settings, check_device, check_settings, choose_settings
 from .sources import LoraFile, Sources, read_loras
 from .video_to_video import skipped_steps
@@ -42,8 +44,7 @@ def plan(options: GenerateOptions) -> list[Job]:
         jobs = [_repeated(options)]
     else:
         items, folder = read_items(options), ModelFolder.open(options.model)
-        loras = read_loras(options.lora, options.lora_alpha)
-        _check_loras(loras, folder)
+        loras = _loras(options, folder)
         numbered = [(item.title, (number, item)) for number, item in enumerate(items, start=1)]
         found = each(options.prompt, numbered, lambda pair: _jobs(pair[0], pair[1], folder, loras))
         jobs = [job for several in found for job in several]
@@ -76,12 +77,29 @@ def _check_sources(sources: Sources, settings: Settings, available: int | None) 
         raise ValueError(f"--frames {settings.num_frames} is not possible: the video to start from has {available}.")
 
 
-def _check_loras(loras: Sequence[LoraFile], folder: ModelFolder) -> None:
-    """Raise ValueError or OSError for files that are no LoRAs of this model."""
-    if loras and not is_peft_available():
+def _loras(options: GenerateOptions, folder: ModelFolder) -> tuple[LoraFile, ...]:
+    """The LoRA files, with `lora_alpha` for those that do not name theirs.
+
+    Raises ValueError or OSError for files that are no LoRAs of this model, and for an alpha that none of them needs.
+    """
+    files = read_loras(options.lora)
+    if files and not is_peft_available():
         raise ValueError("--lora needs the package peft: pip install 'diffusers-cogvideox[train]', or pip install peft.")
-    for lora in loras:
-        check_fits(open_lora(lora.file.path), folder.configs.get("transformer", {}))
+    opened = [open_lora(file.file.path) for file in files]
+    for lora in opened:
+        check_fits(lora, folder.configs.get("transformer", {}))
+    alpha = options.lora_alpha
+    if alpha is None:
+        return files
+    if all(lora.says_alpha for lora in opened):
+        raise ValueError(
+            f"--lora-alpha {alpha:g} has no effect: {' and '.join(options.lora)} {'say' if files[1:] else 'says'} it already. For another "
+            "strength, write --lora FILE:STRENGTH."
+        )
+    for lora in opened:
+        if not lora.says_alpha:
+            with_alpha(lora, alpha)  # must not contradict the layers that do say it
+    return tuple(file if lora.says_alpha else replace(file, alpha=alpha) for file, lora in zip(files, opened, strict=True))
 
 
 # --- a recipe -------------------------------------------------------------------------------------------------------------
@@ -97,7 +115,7 @@ def _repeated(options: GenerateOptions) -> Job:
     try:
         job = Job.from_recipe(recipe, Path())
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{options.prompt} is not a file that `generate` wrote beside a video: {error}.") from error
+        raise ValueError(f"{options.prompt} is not a file that `generate` wrote beside a video: {str(error).rstrip('.')}.") from error
     job = replace(job, settings=replace(job.settings, device=check_device(options.device or job.settings.device)))
     _check_unchanged(job, options.prompt)
     (output,) = _output_paths(options, [f"{_slug(job.prompt)}-{job.seed}.mp4"])
@@ -115,10 +133,10 @@ def _check_unchanged(job: Job, name: str) -> None:
     for lora in settings.loras:
         lora.file.check()
     job.sources.check()
-    try:
-        check_settings(settings, folder)
-    except TypeError as error:
-        raise ValueError(f"{name} holds a setting of the wrong type: {error}.") from error
+    check_settings(settings, folder)
+    pipeline = choose_pipeline(folder.configs["transformer"], folder.name, job.sources.names).__name__
+    if settings.pipeline != pipeline:
+        raise ValueError(f"{name} names the pipeline {settings.pipeline}, but its model and sources are for {pipeline}.")
 
 
 # --- where to put it ----------------------------------------------------------------------------------------------------
@@ -130,9 +148,11 @@ def _slug(prompt: str) -> str:
 
 
 def _output_paths(options: GenerateOptions, names: Sequence[str]) -> list[Path]:
-    """Where each video goes. Raises ValueError for one file and several videos."""
-    target = Path(options.output or _FOLDER)
+    """Where each video goes. Raises ValueError for one file and several videos, and for another kind of file."""
+    target = Path(_FOLDER if options.output is None else options.output)
     if target.suffix.lower() not in CONTAINERS:
+        if (mimetypes.guess_type(target.name)[0] or "").startswith(("video/", "image/")):
+            raise ValueError(f"--output {target} is not possible: name a folder, or a file that ends in {', '.join(CONTAINERS)}.")
         return [target / name for name in names]
     if len(names) > 1:
         raise ValueError(f"--output {target} names one file for {len(names)} videos: name a folder.")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -58,14 +60,12 @@ class Request:
     journal: Journal | None = None
 
     def __post_init__(self) -> None:
-        """Raise ValueError for whatever can be told wrong without a model."""
+        """Raise ValueError or TypeError for whatever can be told wrong without a model."""
         dynamic_rule(self.use_dynamic_cfg)
         check_interval(self.guidance_interval, "guidance_interval")
         if self.output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type={self.output_type!r} is unknown: use one of {OUTPUT_TYPES}.")
-        for name in ("num_videos_per_prompt", "max_sequence_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} is not possible: it must be at least 1.")
+        self._check_numbers()
         if isinstance(self.generator, list) and len(self.generator) != self.count:
             raise ValueError(
                 f"{len(self.generator)} generators for {self.count} videos (prompts x num_videos_per_prompt): pass one for all, or "
@@ -76,12 +76,22 @@ class Request:
         if self.zero_unconditional and negative:
             raise ValueError("zero_unconditional=True leaves no place for a negative prompt: pass one of the two.")
 
+    def _check_numbers(self) -> None:
+        for name in ("height", "width", "num_frames", "num_inference_steps", "num_videos_per_prompt", "max_sequence_length"):
+            if not isinstance(getattr(self, name), Integral):
+                raise TypeError(f"{name}={getattr(self, name)!r} is not possible: it must be a whole number.")
+        for name in ("num_videos_per_prompt", "max_sequence_length"):  # the sizes are checked where the model is known
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} is not possible: it must be at least 1.")
+        if not math.isfinite(self.guidance_scale):
+            raise ValueError(f"guidance_scale={self.guidance_scale} is not possible: it must be finite; 1 or less turns guidance off.")
+
     def _warn_without_guidance(self) -> None:
         """Log which arguments have no effect because guidance is off."""
         inputs = self.inputs
         negative = inputs.negative_prompt is not None or inputs.negative_prompt_embeds is not None
         limited = self.guidance_interval != (0.0, 1.0)
-        if self.guidance_scale <= 1 and (negative or self.use_dynamic_cfg or self.zero_unconditional or limited):
+        if not self.guided and (negative or self.use_dynamic_cfg or self.zero_unconditional or limited):
             logger.warning(
                 f"guidance_scale={self.guidance_scale} turns guidance off: negative prompts, use_dynamic_cfg, guidance_interval and "
                 "zero_unconditional have no effect."
@@ -105,6 +115,17 @@ class Request:
     def count(self) -> int:
         """Number of videos B that one call makes."""
         return self.inputs.count * self.num_videos_per_prompt
+
+    @property
+    def guided(self) -> bool:
+        """Whether the loop predicts with and without the prompt, at least where it starts."""
+        return self.guidance_scale > 1
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether there is text to encode: a prompt, or what guidance steps away from."""
+        unconditional = self.guided and not self.zero_unconditional and self.inputs.negative_prompt_embeds is None
+        return self.inputs.prompt is not None or unconditional
 
     @property
     def steps(self) -> int:

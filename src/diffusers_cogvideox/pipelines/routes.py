@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..options import DEMO, DEMO_IMAGE
 from .base import CogVideoXPipelineBase
 from .continuation import CogVideoXContinuationPipeline
 from .fun_control import CogVideoXFunControlPipeline
@@ -38,8 +39,8 @@ ARGUMENTS = {"mask": "mask_video", "control": "control_video", "extend": "video"
 """The argument of the pipelines' `__call__` behind an option, where it has another name."""
 
 _MODELS: dict[Task, str] = {
-    "text": "a text-to-video model (such as zai-org/CogVideoX-2b)",
-    "image": "an image-to-video model (such as zai-org/CogVideoX-5b-I2V)",
+    "text": f"a text-to-video model (such as {DEMO} or zai-org/CogVideoX-2b)",
+    "image": f"an image-to-video model (such as {DEMO_IMAGE} or zai-org/CogVideoX-5b-I2V)",
     "control": "a Fun Control model (such as alibaba-pai/CogVideoX-Fun-V1.1-5b-Control)",
     "inpaint": "a Fun InP model (such as alibaba-pai/CogVideoX-Fun-V1.1-5b-InP)",
 }

@@ -9,10 +9,12 @@ from typing import Any, TypeVar, get_args
 import numpy as np
 import torch
 
-from ..options import DEMO, Precision, Sampler, SamplingOptions
+from ..options import Precision, Sampler, SamplingOptions
 from ..schedulers.scheduler import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
+from ..video_io import check_rate
 from .base import CogVideoXPipelineBase
-from .model_folder import ModelFolder
+from .json_types import type_mistakes
+from .model_folder import ModelFolder, source_of
 from .routes import PIPELINES, choose_pipeline, takes_frames
 from .sources import LoraFile
 
@@ -27,7 +29,7 @@ _SAMPLERS = {"ddim": CogVideoXDDIMScheduler, "dpm": CogVideoXDPMScheduler}
 class Settings:
     """All settings of one video. Two runs with equal settings, prompt, seed and sources on one machine give the same video."""
 
-    model: str  # folder, hub repository, or "demo"
+    model: str  # folder, hub repository, or name of a shipped model
     fingerprint: str  # of the model's files, see ModelFolder.fingerprint
     pipeline: str = "CogVideoXPipeline"  # class name
     loras: tuple[LoraFile, ...] = ()
@@ -46,8 +48,11 @@ class Settings:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Settings:
-        """The inverse of `dataclasses.asdict`. Raises KeyError, TypeError for anything else."""
-        return cls(**{**content, "loras": tuple(map(LoraFile.from_json, content.get("loras", ())))})
+        """The inverse of `dataclasses.asdict`. Raises KeyError, TypeError or ValueError for anything else."""
+        settings = cls(**{**content, "loras": tuple(map(LoraFile.from_json, content.get("loras", ())))})
+        if mistakes := list(type_mistakes(cls, {name: value for name, value in content.items() if name != "loras"})):
+            raise ValueError(" ".join(mistakes))
+        return settings
 
     def call_arguments(self) -> dict[str, Any]:
         """The settings that are arguments of the pipeline's `__call__`."""
@@ -87,6 +92,7 @@ def check_settings(settings: Settings, folder: ModelFolder) -> None:
     folder.geometry.padded_frames(settings.num_frames)
     if settings.height % 2 or settings.width % 2:
         raise ValueError(f"--size {settings.height}x{settings.width} is not possible: a video file (yuv420p) needs even sizes.")
+    check_rate(settings.fps)
     limit = folder.configs["scheduler"]["num_train_timesteps"]
     if not 1 <= settings.num_inference_steps <= limit:
         raise ValueError(f"--steps {settings.num_inference_steps} is not possible: it must be between 1 and {limit}.")
@@ -115,8 +121,7 @@ def load_pipeline(settings: Settings) -> Any:
         OSError: for weights that are missing, corrupt, or not those of the model.
         ValueError: for a LoRA that does not fit the model.
     """
-    source = ModelFolder.open(DEMO).path if settings.model == DEMO else settings.model
-    pipe = PIPELINES[settings.pipeline].from_pretrained(source, dtype=getattr(torch, settings.dtype)).to(settings.device)
+    pipe = PIPELINES[settings.pipeline].from_pretrained(source_of(settings.model), dtype=getattr(torch, settings.dtype)).to(settings.device)
     for number, lora in enumerate(settings.loras):
         pipe.load_lora_weights(lora.file.path, adapter_name=f"lora{number}", lora_alpha=lora.alpha)
     if settings.loras:

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..options import FILES, InputOptions
 from ..video_io import is_picture, probe_image, probe_video
+from .lora_files import find_lora_file
 from .routes import ARGUMENTS
 
 __all__ = ["LoraFile", "SourceFile", "Sources", "read_loras"]
@@ -143,12 +144,16 @@ class LoraFile:
         return cls(**{**content, "file": SourceFile(**content["file"])})
 
 
-def read_loras(texts: tuple[str, ...], alpha: float | None = None) -> tuple[LoraFile, ...]:
-    """The files behind "FILE" or "FILE:SCALE". Raises FileNotFoundError, and ValueError for a file that is named twice."""
+def read_loras(texts: tuple[str, ...]) -> tuple[LoraFile, ...]:
+    """The files behind "FILE" or "FILE:SCALE"; in place of the file may stand its folder.
+
+    Raises FileNotFoundError, and ValueError for a file that is named twice.
+    """
     loras = []
     for text in texts:
         path, scale = _split_scale(text)
-        loras.append(LoraFile(file=SourceFile.of(path), scale=scale, alpha=alpha))
+        file = find_lora_file(Path(path)) if path and Path(path).is_dir() else path
+        loras.append(LoraFile(file=SourceFile.of(file), scale=scale))
     twice = {lora.file.path for lora in loras if [other.file for other in loras].count(lora.file) > 1}
     if twice:
         raise ValueError(f"--lora {min(twice)} is given twice: give it once, with the strength that you want.")

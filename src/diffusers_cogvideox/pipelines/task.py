@@ -44,7 +44,7 @@ def tasks_of(config: Mapping[str, Any]) -> frozenset[Task]:
     if config.get("use_learned_positional_embeddings") or config.get("ofs_embed_dim"):
         return frozenset({"image"})
     preset = match_preset(config)
-    if preset is not None and preset.pipeline in PIPELINES["control"]:
+    if preset is not None and preset.pipeline == PIPELINES["control"]:
         return frozenset({"control"})
     return frozenset({"image", "control"})
 

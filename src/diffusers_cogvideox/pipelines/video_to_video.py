@@ -24,8 +24,6 @@ __all__ = ["CogVideoXVideoToVideoPipeline", "skipped_steps"]
 class CogVideoXVideoToVideoPipeline(CogVideoXPipelineBase):
     """Video to video with a text-to-video model (SDEdit, arXiv 2108.01073): loads CogVideoX-2b, -5b and 1.5-5B."""
 
-    _encodes_pixels = True
-
     @task_call(without=("num_frames",), video=FIRST, strength="timesteps")
     def __call__(
         self, request: Request, *, video: Any = None, strength: float = 0.8, fit: Fit = "stretch"
@@ -44,7 +42,10 @@ class CogVideoXVideoToVideoPipeline(CogVideoXPipelineBase):
         if (video is None) == (request.latents is None):
             raise ValueError("Pass exactly one of video and latents.")
         if request.latents is not None:
+            if fit != "stretch":
+                raise ValueError(f"fit={fit!r} has no effect on latents: leave it out.")
             return self._from_latents(request, request.latents, first_step)
+        self.check_component("vae")
         self.geometry.padded_size(request.height, request.width)  # refuses impossible sizes before there are pictures of them
         clip = load_video(video, request.height, request.width, fit)
         check_sources(len(clip), request, name="video")

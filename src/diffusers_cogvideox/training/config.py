@@ -21,6 +21,10 @@ _READ_BY = {
 }
 
 
+# The smallest value of whole numbers.
+_LEAST = {"seed": 0, "checkpoint_every": 1, "keep_checkpoints": 1, "evaluate_prompts": 0, "log_every": 1}
+
+
 def check_keys(kind: str, given: Iterable[str], known: Iterable[str]) -> None:
     """Raise ValueError for keys of the mapping `kind` that nothing reads."""
     known = sorted(known)
@@ -60,6 +64,10 @@ class DataOptions:
     """Pixels."""
     clips: int | None = None
     """Number of different clips (transformer: these are encoded once, before training); unlimited when absent."""
+
+    def __post_init__(self) -> None:
+        if self.clips is not None and self.clips < 1:
+            raise ValueError(f"data.clips={self.clips} is not possible: it must be at least 1.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,9 +134,12 @@ class TrainConfig:
     """Steps between lines of metrics.jsonl."""
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a run without stages, and for options that this task does not read."""
+        """Raise ValueError for a run without stages, for numbers that are too small, and for options that this task does not read."""
         if not self.stages:
             raise ValueError("stages is empty: name at least one, such as {steps: 1000, batch_size: 8}.")
+        for name, least in _LEAST.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} is not possible: it must be at least {least}.")
         given = {name: getattr(self, name, None) for name in _READ_BY}
         given |= {"data.clips": self.data.clips, "stages.crop": any(stage.crop for stage in self.stages)}
         for name, value in given.items():

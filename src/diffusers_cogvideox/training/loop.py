@@ -8,6 +8,8 @@ import logging
 import math
 import re
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -79,7 +81,8 @@ def run(config: TrainConfig, task: Task, on_checkpoint: Checkpoint | None = None
     try:
         with bar, _Log(folder / "metrics.jsonl", config.log_every, training.is_main) as log:
             while training.done < config.total_steps:
-                log.add(training.step(), training.done, training.learning_rate)
+                with _uninterrupted():
+                    log.add(training.step(), training.done, training.learning_rate)
                 bar.update()
                 if training.done % config.checkpoint_every == 0 or training.done == config.total_steps:
                     training.save(config.keep_checkpoints)
@@ -93,6 +96,23 @@ def run(config: TrainConfig, task: Task, on_checkpoint: Checkpoint | None = None
         with training.averaged():
             task.save(folder / "final")
     return folder / "final"
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Make Ctrl-C and SIGTERM wait for the end of the block: what a step that was cut short leaves behind cannot be resumed exactly."""
+    if threading.current_thread() is not threading.main_thread():  # Python delivers signals nowhere else
+        yield
+        return
+    came: list[int] = []
+    before = {name: signal.signal(name, lambda number, _: came.append(number)) for name in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler or signal.SIG_DFL)
+    for number in came[:1]:
+        signal.raise_signal(number)
 
 
 class _Training:

@@ -17,6 +17,10 @@ from ..schedulers.noise import add_noise, signal_and_noise, to_velocity
 __all__ = ["DiffusionObjective", "Objective", "VAEObjective", "loss_by_bucket", "stratified_timesteps"]
 
 
+_LEVELS = 10  # ranges of timesteps whose typical loss is followed
+_PACE = 0.03  # share of the newest batch in it
+
+
 class Objective(nn.Module):
     """A model and what it minimises: the forward returns {"loss": scalar, ...}."""
 
@@ -52,11 +56,19 @@ class DiffusionObjective(Objective):
     """v-prediction: || v_theta(x_t, t, text) - v ||^2 with x_t = a x_0 + s eps, v = a eps - s x_0, a^2 = abar_t, s^2 = 1 - abar_t.
 
     Equal to the original's x_0 error weighted by 1 / (1 - abar_t). abar has zero terminal SNR.
+
+    `balance` b weighs a sample by L_t^-b, L_t being the typical loss at its timestep (`observe`), with the weights' mean at 1. At 0 all
+    count as they are; at 1 all timesteps contribute alike, as under the learned uncertainty of "Analyzing and Improving the Training
+    Dynamics of Diffusion Models" (arXiv 2312.02696, section 2.2), so that what cannot be known at the noisiest ones drowns out nothing.
     """
 
-    def __init__(self, transformer: nn.Module, alphas_cumprod: Tensor) -> None:
+    def __init__(self, transformer: nn.Module, alphas_cumprod: Tensor, balance: float = 0.0) -> None:
         super().__init__(transformer)
         self.alphas_cumprod = alphas_cumprod
+        self.balance = balance
+        self.register_buffer("typical_loss", torch.ones(_LEVELS))
+
+    typical_loss: Tensor
 
     def forward(
         self,
@@ -77,7 +89,21 @@ class DiffusionObjective(Objective):
         seen = noised if extra is None else torch.cat([noised, extra], dim=2)
         prediction = self.model(seen, text, timesteps, image_rotary_emb=rotary, return_dict=False)[0]
         per_sample = (prediction.float() - velocity).square().flatten(1).mean(1)
-        return {"loss": per_sample.mean(), "per_sample": per_sample}
+        weights = self.typical_loss**-self.balance
+        loss = ((weights / weights.mean())[self._level(timesteps)] * per_sample).mean()
+        return {"loss": loss, "per_sample": per_sample}
+
+    def _level(self, timesteps: Tensor) -> Tensor:
+        """Which of the equal ranges of timesteps each one (B,) lies in."""
+        return timesteps * _LEVELS // len(self.alphas_cumprod)
+
+    @torch.no_grad()
+    def observe(self, per_sample: Tensor, timesteps: Tensor) -> None:
+        """Move the typical losses towards those of one batch, (B,) each."""
+        level = self._level(timesteps)
+        sums, counts = (torch.zeros_like(self.typical_loss).index_add_(0, level, v) for v in (per_sample, torch.ones_like(per_sample)))
+        seen = counts > 0
+        self.typical_loss[seen] = self.typical_loss[seen].lerp(sums[seen] / counts[seen], _PACE)
 
 
 def stratified_timesteps(count: int, train_timesteps: int, generator: torch.Generator) -> Tensor:

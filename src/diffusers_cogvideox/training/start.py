@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from inspect import signature
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -11,9 +12,17 @@ from diffusers import ModelMixin
 
 from .config import TrainConfig, check_keys
 
-__all__ = ["start_model"]
+__all__ = ["check_folders", "start_model"]
 
 Model = TypeVar("Model", bound=ModelMixin)
+
+
+def check_folders(config: TrainConfig) -> None:
+    """Raise FileNotFoundError for models of the run that are not there; their loaders would look for them on the hub."""
+    for option in ("init_from", "vae", "text_encoder"):
+        folder = getattr(config, option)
+        if folder is not None and not Path(folder).is_dir():
+            raise FileNotFoundError(f"{option}: there is no folder {folder}. Train that model first, or correct the path.")
 
 
 def start_model(cls: type[Model], config: TrainConfig, initialize: Callable[[Model], None] = lambda _: None) -> Model:
@@ -21,7 +30,9 @@ def start_model(cls: type[Model], config: TrainConfig, initialize: Callable[[Mod
 
     Raises:
         ValueError: for config keys that `cls` does not have, or that the weights to start from do not share.
+        FileNotFoundError: for a folder that is not there.
     """
+    check_folders(config)
     torch.manual_seed(config.seed)
     if config.init_from:
         model = cls.from_pretrained(config.init_from)
@@ -34,7 +45,7 @@ def start_model(cls: type[Model], config: TrainConfig, initialize: Callable[[Mod
     return model.train()
 
 
-def _with_inputs(model: Model, in_channels: int | None) -> Model:
+def _with_inputs(model: Any, in_channels: int | None) -> Any:
     """`model`, or with more input channels a copy that ignores them at first: its patch embedding has zeros for them.
 
     That is how an image-to-video model starts from a text-to-video model (paper section 2.3): it makes the same videos.

@@ -25,7 +25,7 @@ from .config import DataOptions, TrainConfig
 from .latents import encode_clips
 from .objectives import DiffusionObjective, loss_by_bucket, stratified_timesteps
 from .processes import ALONE, Share, gather_parts, process_state
-from .start import start_model
+from .start import check_folders, start_model
 from .text_encoder import tokenize
 from .vae import use_channels_last
 
@@ -55,6 +55,7 @@ class TransformerTask:
     def __init__(self, config: TrainConfig) -> None:
         if config.vae is None or config.text_encoder is None or config.data.clips is None:
             raise ValueError("a transformer run needs vae, text_encoder (folders) and data.clips (a number)")
+        check_folders(config)
         self.config = config
         self.tokenizer = T5Tokenizer.from_pretrained(config.text_encoder)
         self.text_encoder = T5EncoderModel.from_pretrained(config.text_encoder).eval().requires_grad_(False)
@@ -62,10 +63,12 @@ class TransformerTask:
         self.train_timesteps = scheduler.config.num_train_timesteps
         self.transformer = transformer = start_model(CogVideoXTransformer3DModel, config, initialize_for_training)
         self.shows_image = _shows_image(transformer.config)
+        if self.shows_image and config.evaluate_prompts:
+            raise ValueError("evaluate_prompts measures text-to-video models, and this one is shown an image: leave it out.")
         self.clips = self._encode(config.vae, transformer.config)
-        options = config.objective_options(text_dropout=0.1, image_dropout=0.05)
+        options = config.objective_options(text_dropout=0.1, image_dropout=0.05, balance=0.0)
         self.text_dropout, self.image_dropout = options["text_dropout"], options["image_dropout"]
-        self.objective = DiffusionObjective(transformer, scheduler.alphas_cumprod)
+        self.objective = DiffusionObjective(transformer, scheduler.alphas_cumprod, options["balance"])
 
     def _encode(self, folder: str, model: Mapping[str, Any]) -> dict[int, _Clips]:
         """Clips of every length that the stages ask for, scaled; encoded once, by all processes together, and kept in the run folder."""
@@ -90,7 +93,7 @@ class TransformerTask:
                 with atomic_path(path) as partial:
                     save_file({"latents": latents}, partial)
             process_state().wait_for_everyone()
-        return load_file(path)["latents"] * vae.config.scaling_factor
+        return load_file(path)["latents"] * vae.config["scaling_factor"]
 
     def batch(self, step: int, share: Share = ALONE) -> dict[str, Any]:
         """The diffusion objective's arguments: this share of optimiser step `step`."""
@@ -123,8 +126,10 @@ class TransformerTask:
         self.transformer.save_pretrained(folder)
 
     def metrics(self, batch: Mapping[str, Any], result: Mapping[str, Tensor]) -> dict[str, float]:
-        """Loss by timestep range."""
-        return dict(loss_by_bucket(result["per_sample"].detach(), batch["timesteps"], self.train_timesteps))
+        """Loss by timestep range, which the objective takes note of."""
+        per_sample, timesteps = result["per_sample"].detach(), batch["timesteps"]
+        self.objective.observe(per_sample, timesteps.to(per_sample.device))
+        return dict(loss_by_bucket(per_sample, timesteps, self.train_timesteps))
 
 
 def _shows_image(model: Mapping[str, Any]) -> bool:
