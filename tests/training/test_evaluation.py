@@ -37,5 +37,7 @@ def test_checkpoints_are_evaluated_with_averaged_weights(tmp_path: Path, parts: 
     lines = [json.loads(line) for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
     assert seen == [line["step"] for line in lines] == [1, 2]
     assert all(line["prompts"] == 2 and 0 <= line["color"] <= 1 for line in lines)
-    assert {path.name for path in (tmp_path / "evaluations").iterdir()} == {f"step-{step}.{kind}" for step in (1, 2) for kind in ("json", "png")}
+    assert {path.name for path in (tmp_path / "evaluations").iterdir()} == {
+        f"step-{step}.{kind}" for step in (1, 2) for kind in ("json", "png")
+    }
     assert task.transformer.training

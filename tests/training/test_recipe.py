@@ -21,11 +21,11 @@ def test_recipes_make_a_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[s
     train("vae", tmp_path / "vae", "--data.objects", "[1]")
     train("text_encoder", tmp_path / "text", "--data.objects", "[1]")
     parts = ["--vae", str(tmp_path / "vae" / "final"), "--text_encoder", str(tmp_path / "text" / "final")]
-    parts += ["--data.clips", "1", "--compile", "false"]
-    train("transformer", tmp_path / "transformer", *parts)
+    parts += ["--data.clips", "1", "--no-compile", "--evaluate_prompts", "0"]
+    train("transformer_images", tmp_path / "pictures", *parts)
+    train("transformer", tmp_path / "transformer", *parts, "--init_from", str(tmp_path / "pictures" / "final"))
     assert "curves.png" in capsys.readouterr().out
-    start = str(tmp_path / "transformer" / "final")
-    train("image_to_video", tmp_path / "image", *parts, "--init_from", start)
+    train("image_to_video", tmp_path / "image", *parts, "--init_from", str(tmp_path / "transformer" / "final"))
 
     text, image = (tmp_path / name / "pipeline" for name in ("transformer", "image"))
     shipped = [file for folder in (text, image / "transformer") for file in folder.rglob("*")]
@@ -40,4 +40,4 @@ def test_recipes_make_a_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_every_recipe_is_trained_here() -> None:
-    assert {path.stem for path in RECIPES.glob("*.yaml")} == {"vae", "text_encoder", "transformer", "image_to_video"}
+    assert {path.stem for path in RECIPES.glob("*.yaml")} == {"vae", "text_encoder", "transformer_images", "transformer", "image_to_video"}

@@ -33,8 +33,6 @@ class CogVideoXContinuationPipeline(CogVideoXPipelineBase):
     image-to-video model gets the first of these frames as its image besides. The frames that were given stay as they are.
     """
 
-    _encodes_pixels = True
-
     @task_call(without=("latents",), video=FIRST)
     def __call__(
         self, request: Request, *, video: Any, fit: Fit = "stretch", overlap_frames: int | None = None, window_frames: int | None = None

@@ -66,8 +66,7 @@ def guidance_at(rule: str | None, scale: float, *, index: int, timestep: float, 
 
 def check_interval(interval: Interval, option: str) -> None:
     """Raise ValueError unless `interval` is a part of the loop, 0 <= start < stop <= 1; `option` is what the message calls it."""
-    start, stop = interval
-    if not 0 <= start < stop <= 1:
+    if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
         raise ValueError(
             f"{option}={interval} is not possible: it must be (start, stop) in fractions of the steps, 0 <= start < stop <= 1."
         )

@@ -70,6 +70,10 @@ class InversionMixin:
             raise ValueError(f"iterations={iterations} is not possible: each step needs at least 1.")
         if (video is None) == (request.latents is None):
             raise ValueError("Pass exactly one of video and latents.")
+        if video is None and fit != "stretch":
+            raise ValueError(f"fit={fit!r} has no effect on latents: it is for videos.")
+        if video is not None:
+            self.check_component("vae", "load it with one, or pass latents")
         check_invertible(self.scheduler)
         clip = None if video is None else load_video(video, request.height, request.width, fit)
         request = replace(_of_length(self, request, clip), guidance_scale=guidance_scale)

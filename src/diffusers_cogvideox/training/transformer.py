@@ -98,7 +98,11 @@ class TransformerTask:
     def batch(self, step: int, share: Share = ALONE) -> dict[str, Any]:
         """The diffusion objective's arguments: this share of optimiser step `step`."""
         config, stage = self.config, self.config.stage_at(step)
-        clips, rng, part = self.clips[stage.frames], np.random.default_rng((config.seed, config.data.seed, step)), share.of(stage.batch_size)
+        clips, rng, part = (
+            self.clips[stage.frames],
+            np.random.default_rng((config.seed, config.data.seed, step)),
+            share.of(stage.batch_size),
+        )
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         index = rng.integers(len(clips.latents), size=stage.batch_size)
         captions = [clips.world.describe(int(i), rng)[1] if rng.random() >= self.text_dropout else "" for i in index]
@@ -144,7 +148,7 @@ def _shows_image(model: Mapping[str, Any]) -> bool:
 
 
 def image_channels(images: Tensor, frames: int, shown: Tensor) -> Tensor:
-    """The extra channels (B, F, C, H, W) of an image-to-video model: images (B, 1, C, H, W) at the first frame where `shown` (B,), else zeros."""
+    """The extra channels (B, F, C, H, W) of an image-to-video model: images (B, 1, C, H, W) first where `shown` (B,), zeros elsewhere."""
     channels = images.new_zeros((len(images), frames, *images.shape[2:]))
     channels[:, :1] = images * shown[:, None, None, None, None]
     return channels
