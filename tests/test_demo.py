@@ -62,7 +62,7 @@ def sibling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     own = tmp_path / "image_to_video"
     shutil.copytree(whole / "transformer", own / "transformer")
     shutil.copy(whole / "model_index.json", own)
-    (own / "cogvideox.json").write_text('{"height": 32, "width": 48}')
+    (whole / "cogvideox.json").write_text('{"height": 32, "width": 48}')
     shutil.rmtree(whole / "transformer")
     monkeypatch.setattr(demo, "_ROOT", whole)
     monkeypatch.setattr(demo, "_IMAGE", own)

@@ -48,9 +48,9 @@ def test_areas_in_closed_form():
 def test_moves_go_straight_at_constant_speed(motion, axis, sign):
     for seed in range(5):
         steps = np.diff(centres(cover(clip(motion, seed=seed))), axis=0)
-        assert 0.35 * 64 < sign * steps[:, axis].sum() < 0.56 * 64
-        np.testing.assert_allclose(steps[:, axis], steps[0, axis], atol=0.02)
-        np.testing.assert_allclose(steps[:, 1 - axis], 0, atol=0.02)
+        assert 0.29 * 64 < sign * steps[:, axis].sum() < 0.43 * 64
+        np.testing.assert_allclose(steps[:, axis], steps[0, axis], atol=0.04)
+        np.testing.assert_allclose(steps[:, 1 - axis], 0, atol=0.04)
 
 
 @pytest.mark.parametrize(("motion", "ratio"), [("grows", 4), ("shrinks", 1 / 4)])
@@ -64,7 +64,7 @@ def test_bounces_twice():
     height -= height[0]
     np.testing.assert_allclose(height[[0, 8, 16]], 0, atol=0.02)
     assert height[4] == pytest.approx(height[12], abs=0.02)
-    assert height[4] == max(height) > 0.35 * 64
+    assert height[4] == max(height) and 0.6 * 0.29 * 64 < height[4] < 0.6 * 0.43 * 64
 
 
 def test_rotation_turns_about_a_fixed_centre():

@@ -12,8 +12,9 @@ from huggingface_hub.constants import HF_HOME
 __all__ = ["demo_image_model", "demo_model"]
 
 _ROOT = Path(__file__).parent
-_IMAGE = _ROOT / "image_to_video"  # only what differs from the text-to-video model: the transformer and how to sample
+_IMAGE = _ROOT / "image_to_video"  # only what differs from the text-to-video model: the transformer
 _SHARED = ("vae", "text_encoder", "tokenizer", "scheduler")
+_SAMPLING = "cogvideox.json"  # how to sample, the same for both
 
 
 def demo_model() -> Path:
@@ -45,6 +46,7 @@ def demo_image_model() -> Path:
         shutil.copytree(sources[0], target)
         for source in sources[1:]:
             shutil.copytree(source, target / source.name)
+        shutil.copy(_ROOT / _SAMPLING, target)
         try:
             target.rename(folder)
         except OSError:  # another process was faster
@@ -63,8 +65,8 @@ def _whole(folder: Path) -> Path:
 
 
 def _digest(folders: list[Path]) -> str:
-    """Of the names and contents of all files in the folders."""
-    digest = hashlib.sha256()
+    """Of how to sample, and the names and contents of all files in the folders."""
+    digest = hashlib.sha256((_ROOT / _SAMPLING).read_bytes())
     for folder in folders:
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
