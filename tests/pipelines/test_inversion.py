@@ -88,7 +88,7 @@ def test_more_iterations_come_closer(text_pipe, variant, guidance):
     pipe, clean = text_pipe(variant), torch.randn(1, 3, 4, 4, 6)
     errors = [error_of_round_trip(pipe, clean, guidance_scale=guidance, iterations=n) for n in (1, 2, 5)]
     assert errors[0] > 2 * errors[1] > 8 * errors[2]
-    assert errors[2] < 0.02
+    assert errors[2] < 0.04
 
 
 def test_more_steps_come_closer(text_pipe):

@@ -25,11 +25,12 @@ __all__ = ["AdaLayerNorm", "CogVideoXBlock", "ExpertLayerNorm", "FinalLayerNorm"
 
 
 class TokenNorm(nn.LayerNorm):
-    """LayerNorm over the channels of tokens (B, S, D), in their dtype whatever that of the weights."""
+    """LayerNorm over the channels of tokens (B, S, D) that may be wider than its weights; narrower ones (autocast) round no weight."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens (B, S, D) -> (B, S, D)."""
-        weight, bias = (None if part is None else part.to(tokens.dtype) for part in (self.weight, self.bias))
+        parts = (self.weight, self.bias)
+        weight, bias = (None if part is None else part.to(torch.promote_types(part.dtype, tokens.dtype)) for part in parts)
         return nn.functional.layer_norm(tokens, self.normalized_shape, weight, bias, self.eps)
 
 
