@@ -19,7 +19,7 @@ SOURCES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"
 # From the ground up; a part imports only from lower rows, never from its own.
 LAYERS = [
     {"geometry", "presets", "files", "demo"},
-    {"video_io", "options"},
+    {"video_io", "options", "tasks"},
     {"models", "schedulers", "checkpoints"},
     {"runtime", "data"},
     {"pipelines"},

@@ -1,10 +1,11 @@
 """Tiny folders and pipelines for all tests of pipelines."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
+from diffusers.utils import logging
 
 from diffusers_cogvideox import CogVideoXPipeline
 from parity import StockPipeline
@@ -35,3 +36,12 @@ def pipe(loaded: Callable) -> CogVideoXPipeline:
 def stock(loaded: Callable) -> StockPipeline:
     """Diffusers' pipeline over the same folder."""
     return StockPipeline(**loaded(StockPipeline).components)
+
+
+@pytest.fixture
+def reported(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """Turns diffusers' way of logging on at the level of info, and gives what was logged."""
+    logging.enable_propagation()
+    caplog.set_level("INFO", logger="diffusers_cogvideox")
+    yield caplog
+    logging.disable_propagation()

@@ -6,7 +6,6 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from diffusers.utils import logging
 from diffusers.video_processor import VideoProcessor
 
 from diffusers_cogvideox.pipelines.inputs import load_image, load_video
@@ -22,15 +21,6 @@ CLIP, OTHER_CLIP = clip(3, 40, 56), clip(3, 40, 56, seed=1)
 def array(tensor: torch.Tensor) -> np.ndarray:
     """Channels last, as diffusers wants arrays."""
     return tensor.movedim(-3, -1).numpy()
-
-
-@pytest.fixture
-def reported(caplog):
-    """Turns diffusers' way of logging on at the level of info, and gives what was logged."""
-    logging.enable_propagation()
-    caplog.set_level("INFO", logger="diffusers_cogvideox")
-    yield caplog
-    logging.disable_propagation()
 
 
 @pytest.mark.parametrize("size", [SIZE, (40, 56)], ids=["resized", "as it is"])

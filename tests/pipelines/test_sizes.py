@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from diffusers.utils import logging
 
 from diffusers_cogvideox import (
     PRESETS,
@@ -61,14 +60,6 @@ def test_own_latents_have_the_padded_shape(pipe):
     noise = {"latents": torch.randn(1, 3, 4, 2, 4), "num_inference_steps": 1, "guidance_scale": 1}
     whole = call(pipe, num_frames=9, height=16, width=32, **noise)
     torch.testing.assert_close(call(pipe, num_frames=8, height=16, width=31, **noise), whole[:, :8, ..., :31], atol=1e-6, rtol=0)
-
-
-@pytest.fixture
-def reported(caplog):
-    logging.enable_propagation()
-    caplog.set_level("INFO", logger="diffusers_cogvideox")
-    yield caplog
-    logging.disable_propagation()
 
 
 def test_cropping_is_logged(pipe, reported):

@@ -14,9 +14,9 @@ from ..models.autoencoder import AutoencoderKLCogVideoX
 from ..models.transformer import CogVideoXTransformer3DModel
 from ..presets import PRESETS
 from ..schedulers.scheduler import CogVideoXDDIMScheduler
+from ..tasks import tasks_of
 from .image_to_video import CogVideoXImageToVideoPipeline
 from .pipeline import CogVideoXPipeline
-from .task import tasks_of
 
 __all__ = ["assemble"]
 

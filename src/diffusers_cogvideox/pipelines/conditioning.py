@@ -10,6 +10,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..geometry import Geometry
+from ..models.layout import front_padded
 from .known import KnownFrames
 from .request import Request
 
@@ -106,6 +107,5 @@ def video_condition(clean: Tensor, request: Request, geometry: Geometry, schedul
         first_step: position on the grid where the loop starts.
     """
     noise, padding = starting_noise(request, geometry, clean.shape[2], clean)
-    padded = torch.cat([clean[:, :1]] * padding + [clean], dim=1)
-    latents = scheduler.add_noise(padded, noise, timesteps[first_step].expand(len(clean)))
+    latents = scheduler.add_noise(front_padded(clean, padding), noise, timesteps[first_step].expand(len(clean)))
     return Condition(latents=latents, first_step=first_step, padding=padding)

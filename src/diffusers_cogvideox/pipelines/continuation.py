@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..models.layout import front_padded
+from ..tasks import Task, check_task, tasks_of
 from .base import CogVideoXPipelineBase
 from .call import FIRST, task_call
 from .conditioning import Condition, noise_condition
@@ -20,7 +22,6 @@ from .known import KnownFrames
 from .output import CogVideoXPipelineOutput
 from .prompts import PromptInputs
 from .request import Request
-from .task import Task, check_task, tasks_of
 
 __all__ = ["CogVideoXContinuationPipeline"]
 
@@ -98,6 +99,6 @@ class CogVideoXContinuationPipeline(CogVideoXPipelineBase):
         else:
             start = image_condition(self, known[:, :, :1], window, like)
         clean = encode_video(self.vae, known, sample=False).to(like) * self.vae_scaling_factor_image
-        clean = torch.cat([clean[:, :1]] * start.padding + [clean], dim=1)
+        clean = front_padded(clean, start.padding)
         noise = start.latents[:, : clean.shape[1]] / self.scheduler.init_noise_sigma
         return replace(start, known=KnownFrames(clean=clean, noise=noise, scheduler=self.scheduler))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..tasks import check_task
 from .base import CogVideoXPipelineBase
 from .call import task_call
 from .conditioning import Condition
@@ -19,7 +20,6 @@ from .guidance import check_interval, steps_inside
 from .inputs import Fit, load_video
 from .output import CogVideoXPipelineOutput
 from .request import Request
-from .task import check_task
 
 __all__ = ["CogVideoXFunControlPipeline"]
 

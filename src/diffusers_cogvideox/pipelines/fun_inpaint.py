@@ -9,6 +9,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from ..tasks import check_task
 from .base import CogVideoXPipelineBase
 from .call import task_call
 from .conditioning import Condition
@@ -19,7 +20,6 @@ from .fun_mask import BLACK, frames_between, kept_latents, load_mask, masked, wi
 from .inputs import Fit, load_image, load_video
 from .output import CogVideoXPipelineOutput
 from .request import Request
-from .task import check_task
 
 __all__ = ["CogVideoXFunInpaintPipeline"]
 

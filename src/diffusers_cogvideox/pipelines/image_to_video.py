@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor
 
+from ..models.layout import image_channels
+from ..tasks import check_task
 from .base import CogVideoXPipelineBase
 from .call import FIRST, task_call
 from .conditioning import Condition, noise_condition
@@ -17,7 +18,6 @@ from .framing import pad_video
 from .inputs import Fit, load_image
 from .output import CogVideoXPipelineOutput
 from .request import Request
-from .task import check_task
 
 __all__ = ["CogVideoXImageToVideoPipeline", "ImageLatentScaling", "image_condition", "image_latent_factor"]
 
@@ -92,9 +92,13 @@ def image_condition(
     pixels = pad_video(picture, pipe.geometry).to(like.device)
     first = encode_sources(pipe.vae, pixels, request, name="image", noise=noise)
     start = noise_condition(request, pipe.geometry, pipe.latent_channels, pipe.scheduler, like)
-    extra = torch.zeros_like(start.latents)
-    extra[:, :1] = first.to(like) * image_latent_factor(scaling, pipe.vae.config)
-    return replace(start, extra=extra, anchors=1, ofs=OFS if pipe.transformer.config.get("ofs_embed_dim") else None)
+    image = first.to(like) * image_latent_factor(scaling, pipe.vae.config)
+    return replace(
+        start,
+        extra=image_channels(image, start.latents.shape[1]),
+        anchors=1,
+        ofs=OFS if pipe.transformer.config.get("ofs_embed_dim") else None,
+    )
 
 
 def image_latent_factor(scaling: ImageLatentScaling, vae: Mapping[str, Any]) -> float:

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..models.layout import front_padded
+from ..tasks import check_task
 from .call import task_call
 from .conditioning import Condition
 from .encoding import encode_sources
@@ -17,7 +19,6 @@ from .framing import pad_video
 from .inputs import Fit, load_video
 from .request import Request
 from .sampling import Stepper
-from .task import check_task
 
 __all__ = ["InverseStepper", "Inversion", "InversionMixin", "check_invertible", "invertible_timesteps"]
 
@@ -84,7 +85,7 @@ class InversionMixin:
                 pixels = pad_video(clip, self.geometry).to(like.device)
                 latents = encode_sources(self.vae, pixels, request, name="video", sample=False) * self.vae_scaling_factor_image
             padding = self.geometry.front_padding(latents.shape[1])
-            return Condition(latents=torch.cat([latents[:, :1]] * padding + [latents], dim=1).to(like), padding=padding)
+            return Condition(latents=front_padded(latents, padding).to(like), padding=padding)
 
         def backwards(_: Tensor) -> tuple[Tensor, Stepper]:
             rising = torch.tensor(invertible_timesteps(self.scheduler)[::-1], device=self.scheduler.timesteps.device)

@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
+from ..tasks import check_task
 from .base import CogVideoXPipelineBase
 from .call import task_call
 from .conditioning import Condition, noise_condition
 from .output import CogVideoXPipelineOutput
 from .request import Request
-from .task import check_task
 
 __all__ = ["CogVideoXPipeline"]
 

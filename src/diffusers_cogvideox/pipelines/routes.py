@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..options import DEMO, DEMO_IMAGE
+from ..tasks import Task, tasks_of
 from .base import CogVideoXPipelineBase
 from .continuation import CogVideoXContinuationPipeline
 from .fun_control import CogVideoXFunControlPipeline
 from .fun_inpaint import CogVideoXFunInpaintPipeline
 from .image_to_video import CogVideoXImageToVideoPipeline
 from .pipeline import CogVideoXPipeline
-from .task import Task, tasks_of
 from .video_to_video import CogVideoXVideoToVideoPipeline
 
 __all__ = ["ARGUMENTS", "PIPELINES", "ROUTES", "choose_pipeline", "takes_frames"]

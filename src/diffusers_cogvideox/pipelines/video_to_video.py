@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..tasks import check_task
 from .base import CogVideoXPipelineBase
 from .call import FIRST, task_call
 from .conditioning import Condition, noise_condition, video_condition
@@ -16,7 +17,6 @@ from .framing import pad_video
 from .inputs import Fit, load_video
 from .output import CogVideoXPipelineOutput
 from .request import Request
-from .task import check_task
 
 __all__ = ["CogVideoXVideoToVideoPipeline", "skipped_steps"]
 

@@ -101,7 +101,7 @@ class TrainConfig:
     output: str
     """Run folder: checkpoints, metrics.jsonl, the resolved configuration, and the trained model in final/."""
     model: dict[str, Any]
-    """The model's config.json keys."""
+    """The model's config.json keys; with `init_from`, only those to change (in_channels) or to insist on."""
     stages: list[Stage]
     """Stages, in order."""
     vae: str | None = None

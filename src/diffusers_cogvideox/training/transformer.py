@@ -17,10 +17,12 @@ from transformers import T5EncoderModel, T5Tokenizer
 from ..data.moving_shapes import MovingShapes
 from ..files import atomic_path
 from ..models.autoencoder import AutoencoderKLCogVideoX
+from ..models.layout import image_channels
 from ..models.rope import rope_for
 from ..models.transformer import CogVideoXTransformer3DModel, initialize_for_training
 from ..presets import PRESETS
 from ..schedulers.scheduler import CogVideoXScheduler
+from ..tasks import tasks_of
 from .config import DataOptions, TrainConfig
 from .latents import encode_clips
 from .objectives import DiffusionObjective, loss_by_bucket, stratified_timesteps
@@ -109,20 +111,20 @@ class TransformerTask:
         chosen = torch.from_numpy(index)
         timesteps = stratified_timesteps(stage.batch_size, self.train_timesteps, generator)
         noise = torch.randn((stage.batch_size, *clips.latents.shape[1:]), generator=generator)
-        shown = torch.from_numpy(rng.random(stage.batch_size) >= self.image_dropout)
+        shown = torch.from_numpy(rng.random(stage.batch_size) >= self.image_dropout)[part, None, None, None, None]
         return {
             "latents": clips.latents[chosen[part]].float(),
             "text": self._embed(captions[part]),
             "timesteps": timesteps[part],
             "noise": noise[part],
             "rotary": clips.rotary,
-            "extra": None if clips.images is None else image_channels(clips.images[chosen[part]].float(), noise.shape[1], shown[part]),
+            "extra": None if clips.images is None else image_channels(clips.images[chosen[part]].float() * shown, noise.shape[1]),
         }
 
     @torch.no_grad()
     def _embed(self, captions: list[str]) -> Tensor:
         """Text embeddings (B, L, D); a dropped caption is the empty string, as the pipeline's unconditional half."""
-        length = self.config.model["max_text_seq_length"]
+        length = self.transformer.config["max_text_seq_length"]
         return self.text_encoder(tokenize(self.tokenizer, captions, length)).last_hidden_state
 
     def save(self, folder: Path) -> None:
@@ -137,21 +139,14 @@ class TransformerTask:
 
 
 def _shows_image(model: Mapping[str, Any]) -> bool:
-    """Whether a transformer of this config reads an image beside the latents. Raises ValueError for other extra channels."""
-    channels, extra = model["out_channels"], model["in_channels"] - model["out_channels"]
-    if extra not in (0, channels):
+    """Whether a transformer of this config reads an image beside the latents. Raises ValueError for models of other tasks."""
+    tasks = tasks_of(model)
+    if not tasks & {"text", "image"}:
         raise ValueError(
-            f"in_channels={model['in_channels']} with out_channels={channels} cannot be trained here: "
-            f"{channels} is text to video, {2 * channels} is image to video."
+            f"in_channels={model['in_channels']} with out_channels={model['out_channels']} cannot be trained here: as many is text to "
+            "video, twice as many is image to video."
         )
-    return bool(extra)
-
-
-def image_channels(images: Tensor, frames: int, shown: Tensor) -> Tensor:
-    """The extra channels (B, F, C, H, W) of an image-to-video model: images (B, 1, C, H, W) first where `shown` (B,), zeros elsewhere."""
-    channels = images.new_zeros((len(images), frames, *images.shape[2:]))
-    channels[:, :1] = images * shown[:, None, None, None, None]
-    return channels
+    return "image" in tasks
 
 
 def _world(data: DataOptions, frames: int) -> MovingShapes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from ..presets import match_preset
+from .presets import match_preset
 
 __all__ = ["Task", "check_task", "tasks_of"]
 

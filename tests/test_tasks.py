@@ -2,8 +2,8 @@
 
 import pytest
 
-from diffusers_cogvideox.pipelines.task import check_task, tasks_of
 from diffusers_cogvideox.presets import PRESETS
+from diffusers_cogvideox.tasks import check_task, tasks_of
 from parity import TINY_TRANSFORMERS
 
 TASK_OF = {
