@@ -21,10 +21,10 @@ from diffusers_cogvideox import AutoencoderKLCogVideoX, Geometry
 from diffusers_cogvideox.data.moving_shapes import MovingShapes
 from diffusers_cogvideox.evaluation.metrics import psnr
 from diffusers_cogvideox.files import atomic_path, check_writable
+from diffusers_cogvideox.generation.model_folder import RECOMMENDATIONS, ModelFolder
+from diffusers_cogvideox.generation.preview import Preview, PreviewMap, fit_to_vae, mean_colours
 from diffusers_cogvideox.options import DEMO
 from diffusers_cogvideox.pipelines.folder import read_json
-from diffusers_cogvideox.pipelines.model_folder import RECOMMENDATIONS, ModelFolder
-from diffusers_cogvideox.pipelines.preview import Preview, PreviewMap, fit_to_vae, mean_colours
 from diffusers_cogvideox.video_io import contact_sheet, write_image
 
 

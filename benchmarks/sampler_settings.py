@@ -14,9 +14,9 @@ from typing import Any
 from common import RESULTS, write_result
 from diffusers_cogvideox.evaluation.shapes import evaluate_shapes
 from diffusers_cogvideox.files import check_writable
+from diffusers_cogvideox.generation.model_folder import ModelFolder
+from diffusers_cogvideox.generation.settings import choose_settings, load_pipeline
 from diffusers_cogvideox.options import DEMO, EvaluateOptions
-from diffusers_cogvideox.pipelines.model_folder import ModelFolder
-from diffusers_cogvideox.pipelines.settings import choose_settings, load_pipeline
 
 # (sampler, steps, guidance scale): steps at one guidance, then guidance at one number of steps.
 GRID: list[tuple[Any, int, float]] = [

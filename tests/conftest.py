@@ -9,6 +9,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+pytest_plugins = ["pipeline_fixtures"]
+
 REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference"
 
 

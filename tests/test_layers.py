@@ -23,6 +23,7 @@ LAYERS = [
     {"models", "schedulers", "checkpoints"},
     {"runtime", "data"},
     {"pipelines"},
+    {"generation"},
     {"conversion", "training", "evaluation"},
     {"host", "community"},
     {"cli", "__init__"},

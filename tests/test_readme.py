@@ -9,8 +9,8 @@ import pytest
 
 import diffusers_cogvideox
 from diffusers_cogvideox import cli, demo
+from diffusers_cogvideox.generation.batch import read_items
 from diffusers_cogvideox.options import GenerateOptions
-from diffusers_cogvideox.pipelines.batch import read_items
 from tiny_pipeline import save_stock_folder
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -36,13 +36,13 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 def _generate(options: GenerateOptions) -> str:
-    from .pipelines.generate import generate
+    from .generation.generate import generate
 
     return "\n".join(map(str, generate(options)))
 
 
 def _info(options: InfoOptions) -> str:
-    from .pipelines.info import info
+    from .generation.info import info
 
     return info(options)
 
@@ -82,7 +82,7 @@ def _assembled(config: TrainConfig, final: Path) -> list[str]:
     """A transformer becomes a pipeline together with the parts that it was trained on."""
     if config.task != "transformer" or config.vae is None or config.text_encoder is None:
         return []
-    from .pipelines.assemble import assemble
+    from .generation.assemble import assemble
 
     folder = assemble(
         final.parent / "pipeline", transformer=final, vae=config.vae, text_encoder=config.text_encoder, scheduler=config.scheduler

@@ -9,7 +9,7 @@ import pytest
 
 from diffusers_cogvideox.data.captions import canonical, parse
 from diffusers_cogvideox.data.moving_shapes import MovingShapes, is_held_out, split
-from diffusers_cogvideox.data.scenes import STILL, Scene, all_scenes
+from diffusers_cogvideox.data.scenes import MOTIONS, STILL, Scene, all_scenes
 
 FINGERPRINT = """
 import hashlib
@@ -116,3 +116,35 @@ def test_indices_out_of_range():
         MovingShapes().sample(-1)
     with pytest.raises(ValueError, match="count=0"):
         MovingShapes().batch(0, 0)
+
+
+def drawn(emphasis, count=900):
+    world = MovingShapes(3, emphasis=emphasis)
+    return [world.describe(index)[0].shapes[0].motion for index in range(count)]
+
+
+def test_emphasis_draws_some_motions_more_often():
+    """Nine motions of four shapes, but a circle does not rotate: 3 of 35 parts, with factor 4 12 of 44."""
+    motions = drawn({"rotates": 4})
+    assert motions.count("rotates") / len(motions) == pytest.approx(12 / 44, abs=0.05)
+    assert motions.count("grows") / len(motions) == pytest.approx(4 / 44, abs=0.03)
+    assert not drawn({"rotates": 0}).count("rotates")
+
+
+def test_without_emphasis_nothing_changes():
+    plain, even = MovingShapes(3), MovingShapes(3, emphasis={})
+    assert [plain.describe(i) for i in range(20)] == [even.describe(i) for i in range(20)]
+
+
+@pytest.mark.parametrize(
+    ("emphasis", "message"),
+    [
+        ({"flies": 2}, "'flies': 2.* maps motions .*rotates"),
+        ({"grows": -1}, "'grows': -1.* at least 0"),
+        ({"grows": float("nan")}, "at least 0"),
+        (dict.fromkeys(MOTIONS, 0), "leaves no scene"),
+    ],
+)
+def test_emphasis_that_is_not_possible(emphasis, message):
+    with pytest.raises(ValueError, match=message):
+        MovingShapes(emphasis=emphasis)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ import numpy.typing as npt
 
 from .captions import canonical, caption, check_style
 from .rendering import FPS, FRAMES, SIZE, check_format, render
-from .scenes import STILL, Scene, ShapeSpec, all_scenes
+from .scenes import MOTIONS, STILL, Scene, ShapeSpec, all_scenes
 
 __all__ = ["FPS", "Clip", "MovingShapes", "Scene", "ShapeSpec", "all_scenes", "is_held_out", "render", "split"]
 
@@ -47,6 +48,19 @@ def _sides(objects: int, still: bool) -> tuple[list[Scene], list[Scene]]:
     return split(s for s in all_scenes(objects) if not still or all(spec.motion == STILL for spec in s.shapes))
 
 
+def _chances(pool: Sequence[Scene], emphasis: Mapping[str, float]) -> npt.NDArray[np.float64]:
+    """Upper ends (N,) of the shares of [0, 1) in which each scene is drawn."""
+    for motion, factor in emphasis.items():
+        if motion not in MOTIONS or not 0 <= factor < math.inf:
+            raise ValueError(
+                f"emphasis={{{motion!r}: {factor}}} is not possible: it maps motions ({', '.join(MOTIONS)}) to factors of at least 0."
+            )
+    weights = np.array([math.prod(emphasis.get(str(spec.motion), 1.0) for spec in scene.shapes) for scene in pool])
+    if not weights.any():
+        raise ValueError(f"emphasis={dict(emphasis)} leaves no scene to draw: give at least one motion a factor above 0.")
+    return np.append(np.cumsum(weights)[:-1] / weights.sum(), 1.0)
+
+
 class MovingShapes:
     """Captioned clips by index: sample i depends on (seed, i) and the options alone, so any number of workers can share it.
 
@@ -54,6 +68,7 @@ class MovingShapes:
     held_out: the combinations kept for evaluation instead of those for training.
     frames, height, width: format of the clips; `frames=1` gives pictures of shapes at rest.
     style: style of the captions, see `captions.caption`; by default "any" for videos, "still" for pictures.
+    emphasis: how many times as often as without it a scene is drawn for each shape in it that has this motion, {"rotates": 3}.
 
     Raises ValueError where an option is outside its range.
     """
@@ -68,6 +83,7 @@ class MovingShapes:
         height: int = SIZE,
         width: int = SIZE,
         style: str | None = None,
+        emphasis: Mapping[str, float] | None = None,
     ) -> None:
         if seed < 0:
             raise ValueError(f"seed={seed} is not possible: it must be 0 or more.")
@@ -80,6 +96,7 @@ class MovingShapes:
         self.frames, self.height, self.width = frames, height, width
         self.style = style or ("still" if frames == 1 else "any")
         self.pools = [_sides(count, still=frames == 1)[held_out] for count in objects]
+        self.chances = [_chances(pool, emphasis) for pool in self.pools] if emphasis else None
 
     def describe(self, index: int, wording: np.random.Generator | None = None) -> tuple[Scene, str]:
         """Scene and caption of sample `index` without drawing it; `wording` picks another paraphrase than the sample's own."""
@@ -100,8 +117,10 @@ class MovingShapes:
         return np.random.default_rng((self.seed, index))
 
     def _scene(self, rng: np.random.Generator) -> Scene:
-        pool = self.pools[rng.integers(len(self.pools))]
-        return pool[rng.integers(len(pool))]
+        number = int(rng.integers(len(self.pools)))
+        pool = self.pools[number]
+        place = rng.integers(len(pool)) if self.chances is None else np.searchsorted(self.chances[number], rng.random(), side="right")
+        return pool[place]
 
     def batch(self, start: int, count: int) -> tuple[npt.NDArray[np.float32], list[str], list[Scene]]:
         """Samples start .. start + count - 1 as (videos (B, F, H, W, 3), captions, scenes)."""

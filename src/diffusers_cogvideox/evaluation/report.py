@@ -101,7 +101,7 @@ class ShapesReport:
     """The result of `evaluate shapes`."""
 
     settings: dict[str, Any]
-    """How the videos were made, see pipelines.settings.Settings."""
+    """How the videos were made, see generation.settings.Settings."""
     options: dict[str, Any]
     """What was asked for, see options.EvaluateOptions."""
     versions: dict[str, str]

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import nn
 
+from ..generation.assemble import assemble
+from ..generation.settings import choose_settings, load_pipeline
 from ..options import EvaluateOptions
-from ..pipelines.assemble import assemble
-from ..pipelines.settings import choose_settings, load_pipeline
 from .shapes import evaluate_shapes
 
 __all__ = ["evaluate_checkpoints"]

@@ -17,6 +17,7 @@ _READ_BY = {
     "channels_last": ("vae",),
     "evaluate_prompts": ("transformer",),
     "data.clips": ("transformer",),
+    "data.emphasis": ("vae", "transformer"),
     "stages.crop": ("vae",),
 }
 
@@ -64,6 +65,8 @@ class DataOptions:
     """Pixels."""
     clips: int | None = None
     """Number of different clips (transformer: these are encoded once, before training); unlimited when absent."""
+    emphasis: dict[str, float] = field(default_factory=dict)
+    """How many times as often each motion is drawn, such as {rotates: 3}."""
 
     def __post_init__(self) -> None:
         if self.clips is not None and self.clips < 1:
@@ -141,7 +144,11 @@ class TrainConfig:
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} is not possible: it must be at least {least}.")
         given = {name: getattr(self, name, None) for name in _READ_BY}
-        given |= {"data.clips": self.data.clips, "stages.crop": any(stage.crop for stage in self.stages)}
+        given |= {
+            "data.clips": self.data.clips,
+            "data.emphasis": self.data.emphasis,
+            "stages.crop": any(stage.crop for stage in self.stages),
+        }
         for name, value in given.items():
             if value and self.task not in _READ_BY[name]:
                 raise ValueError(

@@ -10,8 +10,15 @@ from tqdm.auto import tqdm
 
 from ..data.moving_shapes import MovingShapes
 from ..models.autoencoder import AutoencoderKLCogVideoX
+from .config import DataOptions
 
-__all__ = ["encode_clips", "latent_statistics"]
+__all__ = ["clips_of", "encode_clips", "latent_statistics"]
+
+
+def clips_of(data: DataOptions, frames: int) -> MovingShapes:
+    """The clips of this length that a run trains on."""
+    emphasis = data.emphasis if frames > 1 else None  # nothing moves in a single frame
+    return MovingShapes(data.seed, objects=data.objects, frames=frames, height=data.height, width=data.width, emphasis=emphasis)
 
 
 def latent_statistics(latents: Tensor) -> dict[str, Any]:

@@ -23,8 +23,8 @@ from ..models.transformer import CogVideoXTransformer3DModel, initialize_for_tra
 from ..presets import PRESETS
 from ..schedulers.scheduler import CogVideoXScheduler
 from ..tasks import tasks_of
-from .config import DataOptions, TrainConfig
-from .latents import encode_clips
+from .config import TrainConfig
+from .latents import clips_of, encode_clips
 from .objectives import DiffusionObjective, loss_by_bucket, stratified_timesteps
 from .processes import ALONE, Share, gather_parts, process_state
 from .start import check_folders, start_model
@@ -79,7 +79,7 @@ class TransformerTask:
             use_channels_last(vae)  # convolutions in bfloat16 are several times as fast then
         clips = {}
         for frames in sorted({stage.frames for stage in self.config.stages}):
-            world = _world(self.config.data, frames)
+            world = clips_of(self.config.data, frames)
             latents = self._encoded(vae, world, f"latents_{frames}")
             images = self._encoded(vae, world, f"images_{frames}", first_frame=True) if self.shows_image else None
             clips[frames] = _Clips(world, latents, images, rope_for(model, latents.shape[1], *latents.shape[-2:]))
@@ -147,7 +147,3 @@ def _shows_image(model: Mapping[str, Any]) -> bool:
             "video, twice as many is image to video."
         )
     return "image" in tasks
-
-
-def _world(data: DataOptions, frames: int) -> MovingShapes:
-    return MovingShapes(data.seed, objects=data.objects, frames=frames, height=data.height, width=data.width)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..data.moving_shapes import MovingShapes
 from ..models.autoencoder import AutoencoderKLCogVideoX
 from .config import TrainConfig
-from .latents import encode_clips, latent_statistics
+from .latents import clips_of, encode_clips, latent_statistics
 from .objectives import VAEObjective
 from .processes import ALONE, Share
 from .start import start_model
@@ -46,7 +46,7 @@ class VAETask:
         """{"video": (B, 3, F, H, W)}: this share of optimiser step `step`."""
         config, stage = self.config, self.config.stage_at(step)
         data = config.data
-        world = MovingShapes(data.seed, objects=data.objects, frames=stage.frames, height=data.height, width=data.width)
+        world = clips_of(data, stage.frames)
         # Every step has indices of its own, whatever the batch sizes of the stages.
         start, part = step * max(s.batch_size for s in config.stages), share.of(stage.batch_size)
         videos, _, _ = world.batch(start + part.start, part.stop - part.start)

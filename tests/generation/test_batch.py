@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-import diffusers_cogvideox.pipelines.generate as generating
+import diffusers_cogvideox.generation.generate as generating
 from diffusers_cogvideox import cli
+from diffusers_cogvideox.generation.batch import read_items
+from diffusers_cogvideox.generation.generate import generate
+from diffusers_cogvideox.generation.plan import plan
 from diffusers_cogvideox.options import GenerateOptions, MistakesError
-from diffusers_cogvideox.pipelines.batch import read_items
-from diffusers_cogvideox.pipelines.generate import generate
-from diffusers_cogvideox.pipelines.plan import plan
 
 CIRCLE = {"prompt": "a red circle"}
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .folder import read_json
+from ..pipelines.folder import read_json
 from .settings import Settings
 from .sources import Sources
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffusers_cogvideox.generation.sources import LoraFile, SourceFile, Sources, read_loras
 from diffusers_cogvideox.options import GenerateOptions
-from diffusers_cogvideox.pipelines.sources import LoraFile, SourceFile, Sources, read_loras
 from diffusers_cogvideox.video_io import write_image, write_video
 
 

@@ -13,10 +13,10 @@ from diffusers.utils import logging
 
 from ..files import atomic_path
 from ..options import GenerateOptions, MistakesError
+from ..pipelines.base import CogVideoXPipelineBase
+from ..pipelines.journal import Journal
 from ..video_io import contact_sheet, write_image, write_video
-from .base import CogVideoXPipelineBase
 from .job import Job, library_versions
-from .journal import Journal
 from .model_folder import ModelFolder
 from .plan import plan
 from .preview import Preview, PreviewMap, fit_to_vae

@@ -14,16 +14,16 @@ from diffusers.utils import is_peft_available
 from ..checkpoints.lora import check_fits, with_alpha
 from ..files import check_writable
 from ..options import GenerateOptions, parse_size
+from ..pipelines.folder import read_json
+from ..pipelines.lora_files import open_lora
+from ..pipelines.video_to_video import skipped_steps
 from ..video_io import CONTAINERS
 from .batch import Item, each, read_items
-from .folder import read_json
 from .job import Job
-from .lora_files import open_lora
 from .model_folder import ModelFolder
 from .routes import choose_pipeline
 from .settings import Settings, check_device, check_settings, choose_settings
 from .sources import LoraFile, Sources, read_loras
-from .video_to_video import skipped_steps
 
 __all__ = ["plan"]
 

@@ -5,8 +5,8 @@ from typing import get_args
 import pytest
 
 from diffusers_cogvideox import options
+from diffusers_cogvideox.generation.routes import ROUTES, choose_pipeline, takes_frames
 from diffusers_cogvideox.pipelines import inputs
-from diffusers_cogvideox.pipelines.routes import ROUTES, choose_pipeline, takes_frames
 from diffusers_cogvideox.presets import PRESETS
 from parity import TINY_TRANSFORMERS
 

@@ -10,8 +10,8 @@ from PIL import Image
 from diffusers_cogvideox import AutoencoderKLCogVideoX, CogVideoXDPMScheduler, Geometry
 from diffusers_cogvideox.data.moving_shapes import MovingShapes
 from diffusers_cogvideox.demo import demo_model
-from diffusers_cogvideox.pipelines.model_folder import ModelFolder
-from diffusers_cogvideox.pipelines.preview import Preview, PreviewMap, drawn_clips, fit_to_vae, mean_colours
+from diffusers_cogvideox.generation.model_folder import ModelFolder
+from diffusers_cogvideox.generation.preview import Preview, PreviewMap, drawn_clips, fit_to_vae, mean_colours
 from parity import StockDDIMScheduler
 from tiny_pipeline import call
 
@@ -142,7 +142,7 @@ def test_a_constant_latent_has_one_colour():
 @pytest.mark.parametrize(("steps", "writes"), [(1, 1), (4, 4), (30, 11)])
 def test_about_ten_updates(steps, writes, tmp_path, monkeypatch):
     path, count = tmp_path / "a.png", []
-    monkeypatch.setattr("diffusers_cogvideox.pipelines.preview.write_image", lambda *_: count.append(1))
+    monkeypatch.setattr("diffusers_cogvideox.generation.preview.write_image", lambda *_: count.append(1))
     preview = Preview(path, PreviewMap(torch.zeros(3, 1), torch.zeros(3)), GEOMETRY, 1.0)
     pipe = type("Pipe", (), {"num_timesteps": steps, "scheduler": CogVideoXDPMScheduler()})
     for index in range(steps):

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..options import FILES, InputOptions
+from ..pipelines.lora_files import find_lora_file
 from ..video_io import is_picture, probe_image, probe_video
-from .lora_files import find_lora_file
 from .routes import ARGUMENTS
 
 __all__ = ["LoraFile", "SourceFile", "Sources", "read_loras"]

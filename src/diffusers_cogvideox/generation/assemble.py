@@ -12,11 +12,11 @@ from transformers import T5EncoderModel, T5Tokenizer
 
 from ..models.autoencoder import AutoencoderKLCogVideoX
 from ..models.transformer import CogVideoXTransformer3DModel
+from ..pipelines.image_to_video import CogVideoXImageToVideoPipeline
+from ..pipelines.pipeline import CogVideoXPipeline
 from ..presets import PRESETS
 from ..schedulers.scheduler import CogVideoXDDIMScheduler
 from ..tasks import tasks_of
-from .image_to_video import CogVideoXImageToVideoPipeline
-from .pipeline import CogVideoXPipeline
 
 __all__ = ["assemble"]
 

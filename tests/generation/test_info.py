@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from diffusers_cogvideox import cli
-from diffusers_cogvideox.pipelines.lora_info import describe_lora, is_lora_place
+from diffusers_cogvideox.generation.lora_info import describe_lora, is_lora_place
 from lora_cases import factors, spelled
 
 FACTORS = factors(rank=4, width=1920, blocks=2)

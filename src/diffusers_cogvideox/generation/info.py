@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import HfApi, parse_safetensors_file_metadata
 
 from ..options import InfoOptions
-from .folder import StoredTensor, read_header
+from ..pipelines.folder import StoredTensor, read_header
 from .lora_info import describe_lora, is_lora_place, lora_as_text
 from .model_folder import ModelFolder, is_main_variant, weight_files
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.layers import fitting_presets
-from .folder import INDEX
-from .lora_files import has_lora_file, open_lora
+from ..pipelines.folder import INDEX
+from ..pipelines.lora_files import has_lora_file, open_lora
 from .model_folder import source_of
 
 __all__ = ["describe_lora", "is_lora_place", "lora_as_text"]

@@ -12,12 +12,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import diffusers_cogvideox as package
-import diffusers_cogvideox.pipelines.generate as generating
+import diffusers_cogvideox.generation.generate as generating
 from diffusers_cogvideox import cli
+from diffusers_cogvideox.generation.generate import generate
+from diffusers_cogvideox.generation.plan import plan
+from diffusers_cogvideox.generation.settings import load_pipeline, make_videos
 from diffusers_cogvideox.options import GenerateOptions
-from diffusers_cogvideox.pipelines.generate import generate
-from diffusers_cogvideox.pipelines.plan import plan
-from diffusers_cogvideox.pipelines.settings import load_pipeline, make_videos
 from diffusers_cogvideox.video_io import probe_video, read_video, write_image, write_video
 from lora_cases import factors, spelled
 

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from ..options import Precision, Sampler, SamplingOptions
+from ..pipelines.base import CogVideoXPipelineBase
 from ..schedulers.scheduler import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 from ..video_io import check_rate
-from .base import CogVideoXPipelineBase
 from .json_types import type_mistakes
 from .model_folder import ModelFolder, source_of
 from .routes import PIPELINES, choose_pipeline, takes_frames

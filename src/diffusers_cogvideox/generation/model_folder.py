@@ -18,8 +18,8 @@ from huggingface_hub.errors import HFValidationError
 from ..demo import demo_image_model, demo_model
 from ..geometry import Geometry
 from ..options import DEMO, DEMO_IMAGE
+from ..pipelines.folder import INDEX, check_folder, component_names, read_json
 from ..presets import PRESETS, Preset, match_preset
-from .folder import INDEX, check_folder, component_names, read_json
 from .json_types import type_mistakes
 
 __all__ = ["RECOMMENDATIONS", "ModelFolder", "Recommended", "is_main_variant", "source_of", "weight_files"]

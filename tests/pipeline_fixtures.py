@@ -1,4 +1,4 @@
-"""Tiny folders and pipelines for all tests of pipelines."""
+"""Tiny folders and pipelines for the tests of pipelines and of the command line."""
 
 from collections.abc import Callable, Iterator
 from functools import cache

@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..options import DEMO, DEMO_IMAGE
+from ..pipelines.base import CogVideoXPipelineBase
+from ..pipelines.continuation import CogVideoXContinuationPipeline
+from ..pipelines.fun_control import CogVideoXFunControlPipeline
+from ..pipelines.fun_inpaint import CogVideoXFunInpaintPipeline
+from ..pipelines.image_to_video import CogVideoXImageToVideoPipeline
+from ..pipelines.pipeline import CogVideoXPipeline
+from ..pipelines.video_to_video import CogVideoXVideoToVideoPipeline
 from ..tasks import Task, tasks_of
-from .base import CogVideoXPipelineBase
-from .continuation import CogVideoXContinuationPipeline
-from .fun_control import CogVideoXFunControlPipeline
-from .fun_inpaint import CogVideoXFunInpaintPipeline
-from .image_to_video import CogVideoXImageToVideoPipeline
-from .pipeline import CogVideoXPipeline
-from .video_to_video import CogVideoXVideoToVideoPipeline
 
 __all__ = ["ARGUMENTS", "PIPELINES", "ROUTES", "choose_pipeline", "takes_frames"]
 

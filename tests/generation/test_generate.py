@@ -11,16 +11,16 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import diffusers_cogvideox.pipelines.generate as generating
-import diffusers_cogvideox.pipelines.model_folder as model_folder
+import diffusers_cogvideox.generation.generate as generating
+import diffusers_cogvideox.generation.model_folder as model_folder
 from diffusers_cogvideox import CogVideoXDPMScheduler, CogVideoXPipeline, cli
 from diffusers_cogvideox.demo import demo_model
+from diffusers_cogvideox.generation.generate import generate
+from diffusers_cogvideox.generation.info import describe
+from diffusers_cogvideox.generation.model_folder import ModelFolder
+from diffusers_cogvideox.generation.plan import plan
+from diffusers_cogvideox.generation.settings import Settings, choose_settings, load_pipeline, make_videos
 from diffusers_cogvideox.options import GenerateOptions
-from diffusers_cogvideox.pipelines.generate import generate
-from diffusers_cogvideox.pipelines.info import describe
-from diffusers_cogvideox.pipelines.model_folder import ModelFolder
-from diffusers_cogvideox.pipelines.plan import plan
-from diffusers_cogvideox.pipelines.settings import Settings, choose_settings, load_pipeline, make_videos
 from diffusers_cogvideox.presets import PRESETS
 from diffusers_cogvideox.video_io import probe_video, read_video
 
@@ -415,7 +415,7 @@ def test_facts_about_a_damaged_component(own_folder):
 
 def test_facts_about_a_repository(folder, monkeypatch, tmp_path):
     """Headers come from the hub: the counts are those of the same files on disk."""
-    import diffusers_cogvideox.pipelines.info as module
+    import diffusers_cogvideox.generation.info as module
 
     snapshot = Path(shutil.copytree(folder, tmp_path / "0123abcd", ignore=shutil.ignore_patterns("*.safetensors")))
     files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
