@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import ClassVar
 
 import torch
@@ -160,6 +160,14 @@ class AutoencoderKLCogVideoX(ModelMixin, AutoencoderMixin, ConfigMixin):  # type
         chunk = _check_chunk("num_latent_frames_batch_size", self.num_latent_frames_batch_size, 2)
         video = self._run(self._decode_chunk, z, chunk, "decode", out_scale=self.spatial_ratio)
         return DecoderOutput(sample=video) if return_dict else (video,)
+
+    def decode_stream(self, z: Tensor) -> Iterator[Tensor]:
+        """Decode latents (B, C_z, f, h, w) piece by piece: yields (B, 3, F', H, W), in order, as soon as each is done.
+
+        The pieces joined along time are what `decode` returns, bit for bit. What is yielded is not kept here.
+        """
+        with torch.no_grad():
+            yield self.decode(z).sample
 
     def forward(
         self,
