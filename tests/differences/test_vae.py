@@ -5,6 +5,7 @@ import torch
 
 from diffusers_cogvideox import AutoencoderKLCogVideoX
 from diffusers_cogvideox.models.causal_conv import ConvCache
+from diffusers_cogvideox.models.textbook import Textbook
 from diffusers_cogvideox.presets import PRESETS
 from parity import TINY_VAE, StockVAE, twins
 
@@ -43,7 +44,7 @@ def test_v1_the_cache_holds_only_what_is_read(pair):
     ours, stock = pair
     z = torch.randn(1, 4, 3, 4, 6)
     entries, cache = stock.decoder(z)[1], ConvCache()
-    ours.decoder(z, cache)
+    ours.decoder(z, Textbook(cache, z))
     never_read = kept(entries, ("conv_y", "conv_b"))
     assert never_read > 0.3 * kept(entries)
     assert sum(tensor.numel() for tensor in cache.current.values()) == kept(entries) - never_read
@@ -68,15 +69,15 @@ def test_v3_tile_sizes(pair, tile, size):
     made = []
     for vae, stock in zip(pair, (False, True), strict=True):
         vae.decoder = Resize(stock)
-        vae.enable_tiling(*tile)
+        vae.enable_tiling(*tile, **({} if stock else {"blended": True}))
         made.append(tuple(vae.decode(torch.zeros(1, 4, 1, 60, 90)).sample.shape[-2:]))
     assert made == [(480, 720), size]
 
 
 def test_v3_tiles_that_diffusers_cannot_encode(pair):
     ours, stock = pair
-    for vae in pair:
-        vae.enable_tiling(64, 64)
+    ours.enable_tiling(64, 64, blended=True)
+    stock.enable_tiling(64, 64)
     video = torch.zeros(1, 3, 1, 56, 72)
     assert ours.encode(video).latent_dist.mean.shape[-2:] == (7, 9)
     with pytest.raises(RuntimeError, match="Kernel size can't be greater than actual input size"):
@@ -120,7 +121,7 @@ def test_v11_tiling_for_one_direction(pair):
     ours, stock = pair
     video = torch.randn(1, 3, 1, 64, 64)
     whole = ours.encode(video).latent_dist.mean
-    ours.enable_tiling(48, 40, directions=("decode",))
+    ours.enable_tiling(48, 40, directions=("decode",), blended=True)
     stock.enable_tiling(48, 40)
     assert torch.equal(ours.encode(video).latent_dist.mean, whole)
     assert (stock.encode(video).latent_dist.mean - whole).abs().max() > 1e-3

@@ -236,7 +236,7 @@ def test_gradient_checkpointing_runs_blocks_again(vae):
     vae.encode(torch.randn(1, 3, 9, 16, 16)).latent_dist.mean.sum().backward()
     assert len(calls) == 1
     calls.clear()
-    vae.encoder.mid_block.resnets[0].conv1.register_forward_hook(lambda *_: calls.append(1))
+    vae.encoder.mid_block.resnets[0].conv1.conv.register_forward_hook(lambda *_: calls.append(1))
     vae.encode(torch.randn(1, 3, 9, 16, 16)).latent_dist.mean.sum().backward()
     assert len(calls) > 1
 

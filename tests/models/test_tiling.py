@@ -22,7 +22,7 @@ def vae():
 @pytest.fixture
 def pair():
     ours, stock = twins(AutoencoderKLCogVideoX, StockVAE, FITTING)
-    ours.enable_tiling()
+    ours.enable_tiling(blended=True)
     stock.enable_tiling()
     return ours, stock
 
@@ -106,7 +106,7 @@ class Enlarge(torch.nn.Module):
 def test_v5_released_tile_settings_equal_stock(pair):
     """480x720 in tiles of 240x360 that overlap by 1/6 and 1/5: nine tiles at the same places with the same blending."""
     for vae, stock in zip(pair, (False, True), strict=True):
-        vae.enable_tiling(240, 360)
+        vae.enable_tiling(240, 360, **({} if stock else {"blended": True}))
         vae.decoder = Enlarge(stock)
     z = torch.randn(1, 4, 1, 60, 90)
     torch.testing.assert_close(pair[0].decode(z).sample, pair[1].decode(z).sample, rtol=0, atol=2e-5)
@@ -124,7 +124,7 @@ def test_x1_no_tile_is_decoded_twice(pair):
 
 @pytest.mark.parametrize(("height", "width", "overlap"), CUSTOM)
 def test_every_tile_size_gives_the_right_output_size(vae, height, width, overlap):
-    vae.enable_tiling(height, width, overlap, overlap)
+    vae.enable_tiling(height, width, overlap, overlap, blended=True)
     with torch.no_grad():
         assert vae.decode(torch.randn(1, 4, 1, 7, 9)).sample.shape == (1, 3, 1, 56, 72)
         assert vae.encode(torch.randn(1, 3, 1, 56, 72)).latent_dist.mean.shape == (1, 4, 1, 7, 9)
@@ -132,7 +132,7 @@ def test_every_tile_size_gives_the_right_output_size(vae, height, width, overlap
 
 def test_v4_an_overlap_of_zero_is_honoured(vae):
     """Without overlap every tile is decoded alone and stands unblended; stock takes 0.0 for "not given"."""
-    vae.enable_tiling(32, 32, 0.0, 0.0)
+    vae.enable_tiling(32, 32, 0.0, 0.0, blended=True)
     z = torch.randn(1, 4, 1, 8, 4)
     with torch.no_grad():
         tiled = vae.decode(z).sample
@@ -148,12 +148,12 @@ def test_small_pictures_are_not_tiled(vae):
     z = torch.randn(1, 4, 3, 4, 6)
     with torch.no_grad():
         whole = vae.decode(z).sample
-        vae.enable_tiling(32, 48)
+        vae.enable_tiling(32, 48, blended=True)
         torch.testing.assert_close(vae.decode(z).sample, whole, rtol=0, atol=0)
 
 
 def test_a_second_call_keeps_what_it_does_not_name(vae):
-    vae.enable_tiling(24, 40, 0.0, 0.25)
+    vae.enable_tiling(24, 40, 0.0, 0.25, blended=True)
     vae.disable_tiling()
     vae.enable_tiling(tile_sample_min_height=32)
     assert (vae.tile_latent_min_height, vae.tile_latent_min_width) == (4, 5)
@@ -174,6 +174,7 @@ def test_sizes_that_follow_from_others_cannot_be_set(vae, name):
         ({"tile_sample_min_height": 7}, "tile_sample_min_height=7 is smaller than one latent cell: choose at least 8"),
         ({"tile_sample_min_width": 0}, "tile_sample_min_width=0"),
         ({"tile_overlap_factor_height": 1.0}, r"tile_overlap_factor_height=1.0 must lie in \[0, 1\)"),
+        ({"tile_overlap_factor_height": 0.2}, "tile_overlap_factor_height=0.2 needs blended=True"),
         ({"tile_overlap_factor_width": -0.1}, "tile_overlap_factor_width=-0.1"),
     ],
 )
@@ -181,4 +182,5 @@ def test_impossible_tiles_are_refused_and_change_nothing(vae, options, message):
     with pytest.raises(ValueError, match=message):
         vae.enable_tiling(**options)
     assert not vae.use_tiling
+    assert not vae.blended_tiling
     assert vae.tile_sample_min_height == TINY_VAE["sample_height"] // 2

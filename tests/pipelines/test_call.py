@@ -256,7 +256,7 @@ def test_vae_tiling_and_slicing_are_reached(pipe, own):
     own.decode_latents(noise)
     assert set(sizes) == {(1, 8, 12)}
     sizes.clear()
-    own.vae.enable_tiling(tile_sample_min_height=48, tile_sample_min_width=48)
+    own.vae.enable_tiling(tile_sample_min_height=48, tile_sample_min_width=48, blended=True)
     own.decode_latents(noise)
     assert all(height <= 6 and width <= 6 for _, height, width in sizes)
 

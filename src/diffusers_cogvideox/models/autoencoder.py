@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -11,20 +13,57 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import logging
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from ..geometry import DECODE_CHUNK, ENCODE_CHUNK, chunk_spans, spatial_ratio
 from .causal_conv import ConvCache
-from .tiling import TileAxis, map_tiles
-from .vae_blocks import Decoder, Encoder
+from .host_cache import HostConvCache
+from .leaves import forget
+from .rowwise import Rowwise
+from .textbook import Textbook
+from .tiling import map_tiles
+from .vae_blocks import Arithmetic, Decoder, Encoder, Tower
+from .vae_memory import DIRECTIONS, Saving, TilingMixin, choose_saving, estimate_chunks, free_memory, is_out_of_memory, savings
 
 __all__ = ["DIRECTIONS", "AutoencoderKLCogVideoX"]
 
-DIRECTIONS = ("encode", "decode")
+logger = logging.get_logger(__name__)
 
 
-class AutoencoderKLCogVideoX(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[misc]
+@dataclass(frozen=True)
+class _Coder:
+    """One direction: a tower, the frames of a chunk, pixels per latent of its input and its result, and how frames are counted.
+
+    `before` and `after` are the 1x1x1 convolutions around the latents that no released model has.
+    """
+
+    name: str
+    tower: Tower
+    chunk: int
+    in_scale: int
+    out_scale: int
+    resized: Callable[[int], int]
+    before: nn.Module | None = None
+    after: nn.Module | None = None
+
+    def __call__(self, x: Tensor, how: Arithmetic) -> Tensor:
+        """Code one chunk (B, C, F, H, W)."""
+        y = self.tower(x, how)
+        return y if self.after is None else self.after(y)
+
+    def exactly(self, x: Tensor, cache: ConvCache, saving: Saving) -> Tensor:
+        """Code one chunk by `Rowwise`, in the precision of a surrounding autocast."""
+        kind = x.device.type
+        cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if cast else x.dtype
+        with torch.autocast(kind, enabled=False) if cast else nullcontext():
+            z = x.to(dtype) if self.name == "decode" else None
+            return self(x, Rowwise(cache, z, saving.bands, dtype, x.device, saving.lean))
+
+
+class AutoencoderKLCogVideoX(TilingMixin, ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[misc]
     """Video (B, 3, F, H, W) in [-1, 1] <-> latents (B, C_z, f, h, w), f = (F - 1) / 4 + 1, h = H / 8, w = W / 8.
 
     Frames are processed in chunks (8 frames when encoding, 2 latent frames when decoding, the remainder in the first chunk),
@@ -80,74 +119,34 @@ class AutoencoderKLCogVideoX(ModelMixin, AutoencoderMixin, ConfigMixin):  # type
         self.spatial_ratio = spatial_ratio(block_out_channels)
         self.num_sample_frames_batch_size = ENCODE_CHUNK
         self.num_latent_frames_batch_size = DECODE_CHUNK
+        self.textbook = False  # compute as written, for comparison; with gradients that is done in any case
+        self.saving: Saving | None = None  # chosen by hand, for measurements
         self.use_slicing = False
-        self.use_tiling = False
-        self.tiled_directions = frozenset(DIRECTIONS)
-        self.tile_sample_min_height = sample_height // 2
-        self.tile_sample_min_width = sample_width // 2
-        self.tile_overlap_factor_height = 1 / 6
-        self.tile_overlap_factor_width = 1 / 5
+        self.init_tiling(sample_height // 2, sample_width // 2)
 
-    def enable_tiling(
-        self,
-        tile_sample_min_height: int | None = None,
-        tile_sample_min_width: int | None = None,
-        tile_overlap_factor_height: float | None = None,
-        tile_overlap_factor_width: float | None = None,
-        directions: Collection[str] = DIRECTIONS,
-    ) -> None:
-        """Encode and decode in overlapping, linearly blended tiles: less memory, not the same function (statistics per tile).
+    def estimate_peak(self, shape: Sequence[int], direction: str = "decode", saving: Saving | None = None) -> int:
+        """Bytes that `encode` or `decode` of a tensor of this shape takes at its peak, beside the weights as they are stored.
+
+        Counted from the sizes of what is alive in each layer; nothing is computed. Includes the result, and the weights in the form in
+        which they are used, which stay until the model is moved.
 
         Args:
-            tile_sample_min_height, tile_sample_min_width: tile size in pixels; a tile covers the whole latent cells
-                (of 8 x 8 pixels) that fit. Pictures that are not larger are not tiled.
-            tile_overlap_factor_height, tile_overlap_factor_width: share of a tile, in [0, 1), that is blended with its
-                neighbour; rounded to whole latent cells.
-            directions: ("encode", "decode"), or the only one of them to tile; each call says it anew.
-
-        Raises:
-            ValueError: a tile smaller than one latent cell, a factor outside [0, 1) or an unknown direction.
+            shape: (B, 3, F, H, W) to encode, (B, C_z, f, h, w) to decode.
+            direction: "encode" or "decode".
+            saving: how memory is saved; by default what the current settings and the free memory come to.
         """
-        if not directions or set(directions) - set(DIRECTIONS):
-            raise ValueError(f"directions={directions!r} is not possible: name one or both of {DIRECTIONS}")
-        sizes: Mapping[str, float | None] = {
-            "tile_sample_min_height": tile_sample_min_height,
-            "tile_sample_min_width": tile_sample_min_width,
-        }
-        factors: Mapping[str, float | None] = {
-            "tile_overlap_factor_height": tile_overlap_factor_height,
-            "tile_overlap_factor_width": tile_overlap_factor_width,
-        }
-        for name, value in sizes.items():
-            if value is not None and value < self.spatial_ratio:
-                raise ValueError(f"{name}={value} is smaller than one latent cell: choose at least {self.spatial_ratio} pixels")
-        for name, value in factors.items():
-            if value is not None and not 0 <= value < 1:
-                raise ValueError(f"{name}={value} must lie in [0, 1): it is the share of a tile that overlaps its neighbour")
-        for name, value in {**sizes, **factors}.items():
-            if value is not None:
-                setattr(self, name, value)
-        self.tiled_directions = frozenset(directions)
-        self.use_tiling = True
-
-    @property
-    def tile_latent_min_height(self) -> int:
-        """Rows of latent cells of a tile; set `tile_sample_min_height`."""
-        return max(1, self.tile_sample_min_height // self.spatial_ratio)
-
-    @property
-    def tile_latent_min_width(self) -> int:
-        """Columns of latent cells of a tile; set `tile_sample_min_width`."""
-        return max(1, self.tile_sample_min_width // self.spatial_ratio)
+        coder, batch = self._coder(direction), 1 if self.use_slicing else shape[0]
+        saving = saving or self._ways(coder, shape)[0]
+        height, width = (side * coder.out_scale // coder.in_scale for side in shape[3:])
+        frames = sum(coder.resized(stop - start) for start, stop in chunk_spans(shape[2], coder.chunk))
+        result = 2 * batch * coder.tower.conv_out.conv.out_channels * frames * height * width * self.dtype.itemsize
+        return result + estimate_chunks(coder.tower, (batch, *shape[1:]), coder.chunk, self.dtype, self.device, saving)
 
     @apply_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """Video (B, 3, F, H, W) in [-1, 1] -> the latents' diagonal Gaussian, mean and log-variance (B, C_z, f, h, w) each."""
         _check_video("encode", x, self.config["in_channels"], self.spatial_ratio)
-        chunk = _check_chunk(
-            "num_sample_frames_batch_size", self.num_sample_frames_batch_size, int(self.config["temporal_compression_ratio"])
-        )
-        posterior = DiagonalGaussianDistribution(self._run(self._encode_chunk, x, chunk, "encode", in_scale=self.spatial_ratio))
+        posterior = DiagonalGaussianDistribution(torch.cat(list(self._code(self._coder("encode"), x)), dim=2))
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     @apply_forward_hook
@@ -157,17 +156,38 @@ class AutoencoderKLCogVideoX(ModelMixin, AutoencoderMixin, ConfigMixin):  # type
         An odd f gives 4(f-1)+1 frames; an even f has no single first frame and gives 4f.
         """
         _check_video("decode", z, self.config["latent_channels"], 1)
-        chunk = _check_chunk("num_latent_frames_batch_size", self.num_latent_frames_batch_size, 2)
-        video = self._run(self._decode_chunk, z, chunk, "decode", out_scale=self.spatial_ratio)
+        video = torch.cat(list(self._code(self._coder("decode"), z)), dim=2)
         return DecoderOutput(sample=video) if return_dict else (video,)
 
+    @apply_forward_hook
+    @torch.no_grad()
     def decode_stream(self, z: Tensor) -> Iterator[Tensor]:
-        """Decode latents (B, C_z, f, h, w) piece by piece: yields (B, 3, F', H, W), in order, as soon as each is done.
+        """Decode latents (B, C_z, f, h, w) chunk by chunk: yields (B, 3, F', H, W), in order, as soon as each is done.
 
-        The pieces joined along time are what `decode` returns, bit for bit. What is yielded is not kept here.
+        The pieces joined along time are what `decode` returns, bit for bit. What is yielded is not kept here, so memory does not grow with
+        the length of the video; with blended tiles, everything is decoded before the first piece.
+
+        Raises:
+            ValueError: as `decode`, before the first piece.
         """
-        with torch.no_grad():
-            yield self.decode(z).sample
+        _check_video("decode", z, self.config["latent_channels"], 1)
+        yield from self._code(self._coder("decode"), z)
+
+    @apply_forward_hook
+    @torch.no_grad()
+    def encode_stream(self, pieces: Iterable[Tensor], num_frames: int) -> Iterator[Tensor]:
+        """Encode a video that comes in pieces (B, 3, F', H, W) of any lengths, `num_frames` frames in all.
+
+        Yields mean and log-variance of the latents, (B, 2 C_z, f', h, w), as soon as a chunk of frames is there; joined along time they are
+        the parameters of what `encode` returns, bit for bit. How long the video is decides where chunks begin.
+
+        Raises:
+            ValueError: for pieces that do not fit or have another number of frames in all; with blended tiles, which need all at once.
+        """
+        coder = self._coder("encode")
+        if self._saves(coder) and self.blended_tiling:
+            raise ValueError("encode_stream cannot blend tiles, each of which needs all frames: call enable_tiling() without blended")
+        yield from self._chunks(coder, _in_spans(pieces, coder, num_frames), num_frames)
 
     def forward(
         self,
@@ -180,42 +200,87 @@ class AutoencoderKLCogVideoX(ModelMixin, AutoencoderMixin, ConfigMixin):  # type
         posterior = self.encode(sample).latent_dist
         return self.decode(posterior.sample(generator) if sample_posterior else posterior.mode(), return_dict=return_dict)
 
-    def _encode_chunk(self, x: Tensor, cache: ConvCache) -> Tensor:
-        moments = self.encoder(x, cache)
-        return moments if self.quant_conv is None else self.quant_conv(moments)
-
-    def _decode_chunk(self, z: Tensor, cache: ConvCache) -> Tensor:
-        return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z), cache)
-
-    def _run(
-        self, coder: Callable[[Tensor, ConvCache], Tensor], x: Tensor, chunk: int, direction: str, *, in_scale: int = 1, out_scale: int = 1
-    ) -> Tensor:
-        """Apply a chunk coder to x (B, C, F, H, W): batch elements one by one if slicing, tiles if tiling, then chunks."""
-
-        def whole(part: Tensor) -> Tensor:
-            cache, results = ConvCache(), []
-            for start, stop in chunk_spans(part.shape[2], chunk):
-                results.append(coder(part[:, :, start:stop], cache))
-                cache = cache.advance()
-            return torch.cat(results, dim=2)
-
-        rows, columns = self._tile_axes(x.shape[-2] // in_scale, x.shape[-1] // in_scale)
-        tiled = self.use_tiling and direction in self.tiled_directions and (rows.length > rows.size or columns.length > columns.size)
-        parts = x.split(1) if self.use_slicing else [x]
-        if tiled:
-            return torch.cat([map_tiles(whole, part, rows, columns, in_scale=in_scale, out_scale=out_scale) for part in parts])
-        return torch.cat([whole(part) for part in parts])
-
-    def _tile_axes(self, latent_height: int, latent_width: int) -> tuple[TileAxis, TileAxis]:
-        """Tiles of the current settings over latents of this size; the overlap leaves each tile at least one cell of its own."""
-
-        def axis(length: int, size: int, factor: float) -> TileAxis:
-            return TileAxis(length, size, min(round(size * factor), size - 1))
-
-        return (
-            axis(latent_height, self.tile_latent_min_height, self.tile_overlap_factor_height),
-            axis(latent_width, self.tile_latent_min_width, self.tile_overlap_factor_width),
+    def _coder(self, direction: str) -> _Coder:
+        """What encoding and decoding differ in. Raises ValueError for chunk sizes that tear apart what belongs together in time."""
+        ratio = int(self.config["temporal_compression_ratio"])
+        if direction == "encode":
+            chunk = _check_chunk("num_sample_frames_batch_size", self.num_sample_frames_batch_size, ratio)
+            return _Coder("encode", self.encoder, chunk, self.spatial_ratio, 1, lambda n: -(-n // ratio), after=self.quant_conv)
+        if direction != "decode":
+            raise ValueError(f"direction={direction!r} is not possible: it is one of {DIRECTIONS}")
+        chunk = _check_chunk("num_latent_frames_batch_size", self.num_latent_frames_batch_size, 2)
+        return _Coder(
+            "decode", self.decoder, chunk, 1, self.spatial_ratio, lambda n: ratio * n - (n % 2) * (ratio - 1), before=self.post_quant_conv
         )
+
+    def _code(self, coder: _Coder, x: Tensor) -> Iterator[Tensor]:
+        """x (B, C, F, H, W) in pieces along time: batch elements one by one if slicing, blended tiles if asked for, chunks."""
+        parts = x.split(1) if self.use_slicing else [x]
+        rows, columns = self.tile_axes(x.shape[-2] // coder.in_scale, x.shape[-1] // coder.in_scale)
+        larger = rows.length > rows.size or columns.length > columns.size
+        if self.blended_tiling and self._saves(coder) and larger:
+
+            def whole(tile: Tensor) -> Tensor:
+                return torch.cat(list(self._walk(coder, tile)), dim=2)
+
+            scales = {"in_scale": coder.in_scale, "out_scale": coder.out_scale}
+            yield torch.cat([map_tiles(whole, part, rows, columns, **scales) for part in parts])
+        elif len(parts) == 1:
+            yield from self._walk(coder, x)
+        else:
+            yield from map(torch.cat, zip(*(self._walk(coder, part) for part in parts), strict=True))
+
+    def _walk(self, coder: _Coder, x: Tensor) -> Iterator[Tensor]:
+        chunks = (x[:, :, start:stop] for start, stop in chunk_spans(x.shape[2], coder.chunk))
+        return self._chunks(coder, chunks, x.shape[2])
+
+    def _chunks(self, coder: _Coder, chunks: Iterable[Tensor], frames: int) -> Iterator[Tensor]:
+        """Code the chunks of a video of `frames` frames, one after the other.
+
+        When the first chunk, the largest, finds too little memory, it is done again in smaller bands.
+        """
+        cache, ways = None, None
+        for chunk in chunks if coder.before is None else map(coder.before, chunks):
+            if self._as_written(coder, chunk):
+                cache = ConvCache() if cache is None else cache.advance()
+                yield coder(chunk, Textbook(cache, chunk if coder.name == "decode" else None))
+                continue
+            ways = ways or self._ways(coder, (*chunk.shape[:2], frames, *chunk.shape[3:]))
+            piece = None
+            while piece is None:
+                current = _new_cache(ways[0], chunk.device) if cache is None else cache.advance()
+                try:
+                    piece = coder.exactly(chunk, current, ways[0])
+                except (RuntimeError, MemoryError) as error:
+                    if cache is not None or len(ways) == 1 or not is_out_of_memory(error):
+                        raise
+                    ways = ways[1:]
+                    logger.warning(f"The VAE found too little memory and goes on in smaller parts: {ways[0]}.")
+            cache = current
+            yield piece
+        if any(hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook") for module in self.modules()):
+            forget(coder.tower)  # offloaded weights are gone: what was derived from them has no business on the device
+
+    def _as_written(self, coder: _Coder, x: Tensor) -> bool:
+        """Whether to compute each layer as it is written down: for gradients, for compilers, and on request."""
+        if self.textbook or torch.compiler.is_compiling():
+            return True
+        return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in coder.tower.parameters()))
+
+    def _saves(self, coder: _Coder) -> bool:
+        return self.use_tiling and coder.name in self.tiled_directions
+
+    def _ways(self, coder: _Coder, shape: Sequence[int]) -> list[Saving]:
+        """Ways to save memory in coding a tensor of this shape, the first one that fits and more thorough ones."""
+        if self.saving is not None:
+            return [self.saving]
+        height, width = (side * self.spatial_ratio // coder.in_scale for side in shape[3:])
+        ways = savings(height, self.device, self.band_rows(width) if self._saves(coder) else None)
+
+        def estimate(way: Saving) -> int:
+            return self.estimate_peak(shape, coder.name, way)
+
+        return choose_saving(ways, estimate, free_memory(self.device))
 
 
 def _check_block_types(name: str, types: tuple[str, ...], expected: str, widths: tuple[int, ...]) -> None:
@@ -246,3 +311,25 @@ def _check_video(verb: str, x: Tensor, channels: int, multiple: int) -> None:
         raise ValueError(
             f"{verb}: height and width must be multiples of {multiple}, got {x.shape[-2]}x{x.shape[-1]}: crop or pad the video first"
         )
+
+
+def _new_cache(saving: Saving, device: torch.device) -> ConvCache:
+    return HostConvCache(device) if saving.offload else ConvCache()
+
+
+def _in_spans(pieces: Iterable[Tensor], coder: _Coder, num_frames: int) -> Iterator[Tensor]:
+    """The frames of `pieces` (B, 3, F', H, W) in the chunks of a video of `num_frames` frames. Raises ValueError for another number."""
+    waiting: list[Tensor] = []
+    spans = chunk_spans(num_frames, coder.chunk)
+    seen = 0
+    for piece in pieces:
+        _check_video("encode", piece, coder.tower.conv_in.conv.in_channels, coder.in_scale)
+        seen += piece.shape[2]
+        waiting.append(piece)
+        while spans and seen >= spans[0][1]:
+            start, stop = spans.pop(0)
+            frames = torch.cat(waiting, dim=2)
+            yield frames[:, :, : stop - start]
+            waiting = [frames[:, :, stop - start :]]
+    if spans or seen != num_frames:
+        raise ValueError(f"num_frames={num_frames}, but the pieces have {seen} frames: say how many there are in all")

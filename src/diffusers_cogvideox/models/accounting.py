@@ -1,0 +1,152 @@
+"""How much memory the VAE will take: `rowwise` without the arithmetic.
+
+Every layer adds up the bytes of what is alive while it runs; nothing is computed or allocated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from .causal_conv import CausalConv3d
+from .filtering import DIRECT, FIRST, steps_for
+from .frames import Bands, Frames
+from .rowwise import joint_frames
+from .vae_blocks import Downsample, ResnetBlock, Tower, Upsample
+
+__all__ = ["Accounting", "next_chunk"]
+
+
+def _nothing(start: int, stop: int) -> Tensor:
+    raise NotImplementedError
+
+
+def _frames(shape: tuple[int, int, int, int, int], *, doubled: bool = False, single: bool = False) -> Frames:
+    return Frames(shape, _nothing, doubled=doubled, single=single)
+
+
+@dataclass
+class Accounting:
+    """Walks one chunk (`vae_blocks.Arithmetic`) and takes note of the `peak` in bytes.
+
+    Args:
+        bands, lean: as the `Rowwise` that it stands for.
+        dtype, device: of the arithmetic.
+        first: whether it is the first chunk of a video.
+        kept: bytes of all caches, by convolution; those of an earlier chunk may be passed on.
+        derived: bytes of the weights in the form in which they are used.
+        elsewhere: the caches are kept in other memory, but for those in use.
+    """
+
+    bands: Bands
+    dtype: torch.dtype
+    device: torch.device
+    lean: bool = False
+    first: bool = True
+    kept: dict[nn.Module, int] = field(default_factory=dict)
+    derived: dict[Hashable, int] = field(default_factory=dict)
+    elsewhere: bool = False
+    peak: int = 0
+
+    def enter(self, tower: Tower, x: torch.Size) -> Frames:
+        """x is (B, C_in, F, H, W)."""
+        batch, channels, frames, height, width = x
+        source = _frames((batch, frames, height, width, channels))
+        return self._convolve(tower.conv_in, source, self._bytes(source))
+
+    def resnet(self, block: ResnetBlock, x: Frames) -> Frames:
+        """x is (B, F, H, W, C_in)."""
+        in_place = block.conv_shortcut is None and not x.doubled and not self._is_lazy(x)
+        out = self._out(x, block.conv2.conv.out_channels)
+        residual = 0 if in_place else self._bytes(out)
+        hidden = self._convolve(block.conv1, x, self._held(x) + residual)
+        self._convolve(block.conv2, hidden, self._bytes(hidden) + (residual or self._bytes(x)), adds=True)
+        return out
+
+    def downsample(self, layer: Downsample, x: Frames) -> Frames:
+        """x is (B, F, H, W, C)."""
+        batch, frames, height, width, channels = x.shape
+        frames -= frames // 2 if layer.compress_time else 0
+        out = _frames((batch, frames, height // 2, width // 2, channels))
+        rows = self._rows(height // 2, 2 * x.row_bytes(self.dtype))
+        self._note(self._held(x), self._bytes(out), batch * frames * self.dtype.itemsize * channels * (2 * rows + 1) * (width + 1))
+        return out
+
+    def upsample(self, layer: Upsample, x: Frames) -> Frames:
+        """x is (B, F, H, W, C)."""
+        batch, frames, height, width, _ = x.shape
+        doubled = layer.compress_time and frames > 1
+        self.derived[layer] = layer.conv.weight.numel() * 16 // 9 * self.dtype.itemsize
+        shape = (batch, frames, 2 * height, 2 * width, layer.conv.out_channels)
+        out = _frames(shape, doubled=doubled, single=doubled and frames % 2 == 1)
+        if self.lean:
+            self._lazy = (out, self._bytes(x))
+            return out
+        self._note(self._held(x), self._bytes(out), self._made(out, self._rows(2 * height, 2 * out.row_bytes(self.dtype))))
+        return out
+
+    def leave(self, tower: Tower, x: Frames) -> int:
+        """Returns the peak."""
+        out = self._convolve(tower.conv_out, x, self._held(x))
+        self._note(2 * self._bytes(out))
+        return self.peak
+
+    _lazy: tuple[Frames | None, int] = (None, 0)
+
+    def _is_lazy(self, x: Frames) -> bool:
+        return self._lazy[0] is x
+
+    def _bytes(self, x: Frames) -> int:
+        return x.row_bytes(self.dtype) * x.shape[2]
+
+    def _held(self, x: Frames) -> int:
+        """Bytes that x keeps alive: its own, or those of what its rows are made of."""
+        return self._lazy[1] if self._is_lazy(x) else self._bytes(x)
+
+    def _out(self, x: Frames, channels: int) -> Frames:
+        batch, _, height, width, _ = x.shape
+        return _frames((batch, x.count, height, width, channels))
+
+    def _rows(self, height: int, row_bytes: int) -> int:
+        start, stop = next(self.bands.over(height, row_bytes))
+        return stop - start
+
+    def _made(self, x: Frames, rows: int) -> int:
+        """Bytes that making rows of an enlarged map takes: the product of its convolution and the rows themselves."""
+        return 2 * (min(rows, x.shape[2]) + 4) * x.row_bytes(self.dtype)
+
+    def _convolve(self, conv: CausalConv3d, x: Frames, held: int, adds: bool = False) -> Frames:
+        """A convolution while `held` bytes are alive beside its result and its own."""
+        batch, frames, height, width, channels = x.shape
+        out = self._out(x, conv.conv.out_channels)
+        rows = self._rows(height, x.row_bytes(self.dtype))
+        around = rows + 2 if rows < height else height + 2
+        keeps = 1 if x.doubled else 2
+        length = (0 if x.single else 1) if self.first else keeps
+        in_row, out_row = (batch * width * c * self.dtype.itemsize for c in (channels, conv.conv.out_channels))
+        self.kept[conv] = keeps * height * in_row
+        steps = steps_for(frames, first=self.first, doubled=x.doubled, single=x.single, largest=joint_frames(self.dtype, self.device))
+        most, weight = 0, conv.conv.weight.numel() * self.dtype.itemsize
+        for filtering, _, count, _ in steps:
+            if filtering is not FIRST:
+                self.derived[conv, filtering] = weight * len(filtering.data) // 3
+            if filtering is DIRECT and self.dtype != torch.float32:
+                most = max(most, count * rows * out_row)
+            else:
+                most = max(most, len(filtering.data) * count * (around * in_row + 2 * rows * out_row))
+        work = (length + frames) * around * in_row + most + (self._made(x, rows + 2) if self._is_lazy(x) else 0)
+        # Results that are added already have their place.
+        self._note(held, 0 if adds else self._bytes(out), work, self.kept[conv] if self.elsewhere else 0)
+        return out
+
+    def _note(self, *alive: int) -> None:
+        caches = 0 if self.elsewhere else sum(self.kept.values())
+        self.peak = max(self.peak, caches + sum(alive) + sum(self.derived.values()))
+
+
+def next_chunk(before: Accounting) -> Accounting:
+    """For the chunk behind another one, whose caches it finds."""
+    return replace(before, first=False, peak=before.peak)
