@@ -242,6 +242,8 @@ class AutoencoderKLCogVideoX(TilingMixin, ModelMixin, AutoencoderMixin, ConfigMi
         cache, ways = None, None
         for chunk in chunks if coder.before is None else map(coder.before, chunks):
             if self._as_written(coder, chunk):
+                if torch.is_grad_enabled():
+                    forget(coder.tower)  # the weights are about to change
                 cache = ConvCache() if cache is None else cache.advance()
                 yield coder(chunk, Textbook(cache, chunk if coder.name == "decode" else None))
                 continue

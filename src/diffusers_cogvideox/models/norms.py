@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .frames import Bands, Frames
-from .leaves import GroupNorm
+from .leaves import Conv3d, GroupNorm
 from .vae_blocks import SpatialNorm
 
 __all__ = ["Affine", "group_statistics", "latent_spans", "norm_affine", "normalise"]
@@ -26,7 +26,9 @@ def group_statistics(frames: Frames, groups: int, bands: Bands, dtype: torch.dty
     Computing Sample Variances" (1979): no large sums of squares, whatever the size of the picture.
     """
     batch, _, height, *_ = frames.shape
-    means, variances, sizes = [], [], []
+    means: list[Tensor] = []
+    variances: list[Tensor] = []
+    sizes: list[float] = []
     weights = frames.weights
     for start, stop in bands.over(height, frames.row_bytes(dtype)):
         rows = frames.make(start, stop)
@@ -58,11 +60,17 @@ def norm_affine(norm: nn.Module, statistics: tuple[Tensor, Tensor], z: Tensor | 
             convolutions commute with nearest resizing.
         statistics: of x, see `group_statistics`.
     """
-    if not isinstance(norm, SpatialNorm):
+    if not isinstance(norm, SpatialNorm) or z is None:
         return norm(lambda layer: _plain_affine(layer, statistics))
     scale, shift = norm.norm_layer(lambda layer: _plain_affine(layer, statistics))
-    factor, offset = (conv.conv(z).movedim(1, -1).float() for conv in (norm.conv_y, norm.conv_b))
+    grid = z.movedim(1, -1).float()
+    factor, offset = (conv.conv(lambda layer: _on_grid(layer, grid)) for conv in (norm.conv_y, norm.conv_b))
     return scale * factor, torch.addcmul(offset, shift, factor)
+
+
+def _on_grid(layer: Conv3d, grid: Tensor) -> Tensor:
+    """A 1x1x1 convolution of the latent grid (B, f, h, w, C_z): (B, f, h, w, C)."""
+    return F.linear(grid, layer.weight.flatten(1).float(), None if layer.bias is None else layer.bias.float())
 
 
 def _plain_affine(layer: GroupNorm, statistics: tuple[Tensor, Tensor]) -> Affine:
