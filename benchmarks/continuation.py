@@ -28,9 +28,9 @@ from diffusers_cogvideox.evaluation.seams import frame_changes, seam_ratio
 from diffusers_cogvideox.evaluation.shapes import ShapesPrompt, held_out_prompts, reconstructed_videos, rendered_videos
 from diffusers_cogvideox.files import check_writable
 from diffusers_cogvideox.generation.model_folder import ModelFolder
-from diffusers_cogvideox.generation.settings import Settings, choose_settings, load_pipeline, make_videos, to_uint8
+from diffusers_cogvideox.generation.settings import Settings, choose_settings, load_pipeline, make_videos
 from diffusers_cogvideox.options import DEMO, EvaluateOptions
-from diffusers_cogvideox.video_io import contact_sheet, write_image
+from diffusers_cogvideox.video_io import contact_sheet, to_uint8, write_image
 
 MOVING = 1.0  # of 255: clips that change less from frame to frame have no measure for a seam
 BATCH = 8

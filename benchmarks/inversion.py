@@ -22,9 +22,9 @@ from diffusers_cogvideox.evaluation.metrics import psnr
 from diffusers_cogvideox.evaluation.shapes import held_out_prompts, reconstructed_videos, rendered_videos
 from diffusers_cogvideox.files import check_writable
 from diffusers_cogvideox.generation.model_folder import ModelFolder
-from diffusers_cogvideox.generation.settings import choose_settings, load_pipeline, to_uint8
+from diffusers_cogvideox.generation.settings import choose_settings, load_pipeline
 from diffusers_cogvideox.options import DEMO, EvaluateOptions
-from diffusers_cogvideox.video_io import contact_sheet, write_image
+from diffusers_cogvideox.video_io import contact_sheet, to_uint8, write_image
 
 ITERATIONS = (1, 2, 3, 5, 10)
 SEED = 0

@@ -23,9 +23,9 @@ from diffusers_cogvideox.evaluation.seams import frame_changes, seam_ratios, wor
 from diffusers_cogvideox.evaluation.shapes import held_out_prompts, rendered_videos
 from diffusers_cogvideox.files import check_writable
 from diffusers_cogvideox.generation.model_folder import ModelFolder
-from diffusers_cogvideox.generation.settings import choose_settings, load_pipeline, to_uint8
+from diffusers_cogvideox.generation.settings import choose_settings, load_pipeline
 from diffusers_cogvideox.options import DEMO, EvaluateOptions
-from diffusers_cogvideox.video_io import contact_sheet, write_image
+from diffusers_cogvideox.video_io import contact_sheet, to_uint8, write_image
 
 Make = Callable[[str, int], np.ndarray]
 """(prompt, seed) -> uint8 (F, H, W, 3)."""

@@ -27,9 +27,9 @@ from diffusers_cogvideox.evaluation.detectors import detect, score
 from diffusers_cogvideox.evaluation.metrics import psnr
 from diffusers_cogvideox.evaluation.report import tally
 from diffusers_cogvideox.evaluation.shapes import ShapesPrompt, held_out_prompts, rendered_videos
-from diffusers_cogvideox.generation.settings import Settings, choose_settings, to_uint8
+from diffusers_cogvideox.generation.settings import Settings, choose_settings
 from diffusers_cogvideox.options import DEMO, EvaluateOptions
-from diffusers_cogvideox.video_io import contact_sheet, write_image
+from diffusers_cogvideox.video_io import contact_sheet, to_uint8, write_image
 
 STRENGTH = 0.8
 BATCH = 8

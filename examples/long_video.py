@@ -15,5 +15,5 @@ output = sys.argv[2] if len(sys.argv) > 2 else "outputs/long_video.mp4"
 pipe = CogVideoXPipeline.from_pretrained(model)
 windows = ContextWindows(frames=17, overlap=8, shuffle_noise=True)
 settings = {"num_inference_steps": 20, "guidance_scale": 4.0, "generator": torch.Generator().manual_seed(0)}
-frames = pipe("a red circle rotates on a white background", num_frames=49, context=windows, **settings).frames[0]
+frames = pipe("a red circle rotates on a white background", num_frames=49, context=windows, output_type="stream", **settings).frames[0]
 print(write_video(output, frames, FPS))

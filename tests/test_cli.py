@@ -15,7 +15,7 @@ from docstring_parser import parse_from_object
 
 import diffusers_cogvideox
 from diffusers_cogvideox import cli
-from diffusers_cogvideox.options import EvaluateOptions, GenerateOptions, InfoOptions, parse_size
+from diffusers_cogvideox.options import DecodeOptions, EvaluateOptions, GenerateOptions, InfoOptions, parse_size
 from diffusers_cogvideox.training.config import TrainConfig
 from tiny_pipeline import save_stock_folder
 
@@ -25,8 +25,10 @@ OPTIONS = {
     "generate": {"prompt", "--model", "--output", "--negative-prompt", "--num-videos", "--size", "--frames", "--fps"}
     | {"--lora", "--lora-alpha"}
     | {"--image", "--last-image", "--video", "--strength", "--mask", "--control", "--extend", "--fit"}
-    | {"--checkpoint-every", "--preview", "--no-preview"}
+    | {"--checkpoint-every", "--preview", "--no-preview", "--save-latents", "--no-save-latents", "--tiling", "--no-tiling"}
     | SAMPLING,
+    "decode": {"latents", "--model", "--output", "--layout", "--fps", "--dtype", "--device", "--tiling", "--no-tiling"}
+    | {"--overwrite", "--no-overwrite"},
     "info": {"model", "--json", "--no-json"},
     "evaluate": {"what", "model", "--output", "--prompts", "--untrained-prompts", "--batch-size", "--baselines", "--no-baselines"}
     | SAMPLING,
@@ -94,7 +96,7 @@ def test_options_of_train_are_the_keys_of_the_file():
     assert expected | {"--config", "--print_config", "--data.clips", "--optimisation.learning_rate"} <= names("train")
 
 
-@pytest.mark.parametrize("options", [GenerateOptions, InfoOptions, EvaluateOptions])
+@pytest.mark.parametrize("options", [GenerateOptions, DecodeOptions, InfoOptions, EvaluateOptions])
 def test_every_option_has_help_that_is_shown(options, capsys):
     verb = next(name for name, verb in cli.VERBS.items() if verb.options is options)
     with pytest.raises(SystemExit, match="0"):
@@ -156,13 +158,22 @@ def test_defaults(handed):
     assert cli.main(["generate", "a red circle"]) == 0
     assert cli.main(["info"]) == 0
     assert cli.main(["evaluate", "shapes"]) == 0
-    assert handed == [GenerateOptions("a red circle"), InfoOptions("demo"), EvaluateOptions("shapes", "demo")]
+    assert cli.main(["decode", "a.safetensors"]) == 0
+    expected = [GenerateOptions("a red circle"), InfoOptions("demo"), EvaluateOptions("shapes", "demo"), DecodeOptions("a.safetensors")]
+    assert handed == expected
+
+
+def test_every_flag_of_decode_arrives(handed):
+    flags = "--model m --output o --layout vae --fps 16 --dtype bfloat16 --device cpu --tiling --overwrite"
+    assert cli.main(["decode", "z", *flags.split()]) == 0
+    given = {"model": "m", "output": "o", "layout": "vae", "fps": 16, "dtype": "bfloat16", "device": "cpu"}
+    assert handed == [DecodeOptions("z", tiling=True, overwrite=True, **given)]
 
 
 def test_every_flag_arrives(handed):
     flags = "--model m --output o --seed 3 --steps 7 --guidance-scale 2.5 --size 64x96 --frames 9 --fps 16 --dtype bfloat16"
     flags += " --device cpu --negative-prompt blue --num-videos 2 --sampler dpm --overwrite --preview --checkpoint-every 5"
-    flags += " --image i --last-image j --fit contain --lora a --lora b:0.5 --lora-alpha 64"
+    flags += " --image i --last-image j --fit contain --lora a --lora b:0.5 --lora-alpha 64 --tiling --save-latents"
     assert cli.main(["generate", "12", *flags.split()]) == 0
     expected = GenerateOptions(
         "12",
@@ -187,6 +198,8 @@ def test_every_flag_arrives(handed):
         fit="contain",
         lora=("a", "b:0.5"),
         lora_alpha=64.0,
+        tiling=True,
+        save_latents=True,
     )
     assert handed == [expected]
 
@@ -277,6 +290,11 @@ def test_info_of_a_folder(folder, capsys):
         ("generate x --image a --fit crop", "--fit crop is not possible: expected one of 'cover', 'contain', 'stretch'"),
         ("generate x --lora-alpha 4", "--lora-alpha 4.0 has no effect without --lora"),
         ("generate x --lora a --lora-alpha 0", "--lora-alpha 0.0 is not possible: it must be positive"),
+        ("generate x --extend a --save-latents", "--save-latents is not possible with --extend"),
+        ("decode", "required: latents"),
+        ("decode nowhere.safetensors", "there is no file nowhere.safetensors"),
+        ("decode x --layout sat", "--layout sat is not possible: expected one of 'pipeline', 'vae'"),
+        ("decode x --fps 0", "--fps 0 is not possible: it must be at least 1"),
         ("generate x --checkpoint-every 0", "--checkpoint-every 0 is not possible: it must be at least 1"),
         ("evaluate quality", "expected one of 'shapes'"),
         ("evaluate shapes --batch-size 0", "--batch-size 0 is not possible"),

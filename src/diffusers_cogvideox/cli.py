@@ -24,7 +24,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
-from .options import EvaluateOptions, GenerateOptions, InfoOptions, MistakesError
+from .options import DecodeOptions, EvaluateOptions, GenerateOptions, InfoOptions, MistakesError
 from .training.config import TrainConfig
 
 __all__ = ["VERBS", "Verb", "main", "parser_for"]
@@ -39,6 +39,12 @@ def _generate(options: GenerateOptions) -> str:
     from .generation.generate import generate
 
     return "\n".join(map(str, generate(options)))
+
+
+def _decode(options: DecodeOptions) -> str:
+    from .generation.decode import decode
+
+    return "\n".join(map(str, decode(options)))
 
 
 def _info(options: InfoOptions) -> str:
@@ -113,6 +119,7 @@ class Verb:
 
 VERBS = {
     "generate": Verb("make videos of what a prompt says", GenerateOptions, _generate, "PROMPT"),
+    "decode": Verb("make the video of saved latents", DecodeOptions, _decode, "LATENTS.safetensors"),
     "info": Verb("tell what a checkpoint is", InfoOptions, _info, "[MODEL]", ("model",)),
     "evaluate": Verb("measure how well a model shows what prompts say", EvaluateOptions, _evaluate, "shapes [MODEL]", ("model",)),
     "train": Verb("train a model as a YAML file says", TrainConfig, _train, "CONFIG.yaml", reads_file=True),

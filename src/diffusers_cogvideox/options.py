@@ -16,11 +16,14 @@ __all__ = [
     "DEMO",
     "DEMO_IMAGE",
     "FILES",
+    "DecodeOptions",
+    "DecodingOptions",
     "EvaluateOptions",
     "Fit",
     "GenerateOptions",
     "InfoOptions",
     "InputOptions",
+    "Layout",
     "MistakesError",
     "Precision",
     "Sampler",
@@ -37,6 +40,7 @@ DEMO_IMAGE = "demo-i2v"
 Sampler = Literal["ddim", "dpm"]
 Precision = Literal["float32", "bfloat16", "float16"]
 Fit = Literal["cover", "contain", "stretch"]
+Layout = Literal["pipeline", "vae"]
 
 FILES = ("image", "last_image", "video", "mask", "control", "extend")
 """Options that name a picture or a video to start from."""
@@ -163,7 +167,16 @@ class InputOptions:
 
 
 @dataclass(frozen=True)
-class GenerateOptions(InputOptions, SamplingOptions):
+class DecodingOptions:
+    """How to decode. The video stays the same."""
+
+    _: KW_ONLY
+    tiling: bool = False
+    """Decode with less memory, and longer, from the start; when memory runs out, that is tried anyway."""
+
+
+@dataclass(frozen=True)
+class GenerateOptions(DecodingOptions, InputOptions, SamplingOptions):
     """Make videos of what a prompt says, from words alone or from a picture or a video.
 
     Beside each video stand a PNG with frames of it, and a JSON file with everything that is needed to make it again:
@@ -198,6 +211,9 @@ class GenerateOptions(InputOptions, SamplingOptions):
     """Save the state of the video every so many steps: after an interruption, the same command goes on from there, to the same video."""
     preview: bool = False
     """Show the video in the making in VIDEO.preview.png, ten times on the way: its latents, mapped linearly to colours."""
+    save_latents: bool = False
+    """Keep what the video is decoded from in VIDEO.latents.safetensors, for `cogvideox decode`; when decoding fails, that is done
+    anyway."""
 
     def __post_init__(self) -> None:
         SamplingOptions.__post_init__(self)
@@ -207,10 +223,43 @@ class GenerateOptions(InputOptions, SamplingOptions):
             parse_size(self.size)
         if self.frames is not None and self.files == ("video",):
             raise ValueError(f"--frames {self.frames} has no effect with --video: the result has as many frames as the video.")
+        if self.save_latents and self.extend is not None:
+            raise ValueError("--save-latents is not possible with --extend: a continued video is put together from frames.")
         if self.lora_alpha is not None and not self.lora:
             raise ValueError(f"--lora-alpha {self.lora_alpha} has no effect without --lora.")
         if self.lora_alpha is not None and not 0 < self.lora_alpha < math.inf:
             raise ValueError(f"--lora-alpha {self.lora_alpha} is not possible: it must be positive and finite.")
+
+
+@dataclass(frozen=True)
+class DecodeOptions(DecodingOptions):
+    """Make the video of saved latents: what `generate` keeps when decoding fails or with --save-latents, or latents from elsewhere.
+
+    Latents of `generate` give the files that `generate` would have written. Of another file, --model must be named.
+    """
+
+    latents: str
+    """File of latents (.safetensors)."""
+    _: KW_ONLY
+    model: str | None = None
+    """Pipeline or VAE folder, repository on the Hugging Face hub, or "demo" (default: the model that made the latents)."""
+    output: str | None = None
+    """File (.mp4), or folder (default: beside the latents, under the name that the video would have had, or theirs)."""
+    layout: Layout | None = None
+    """What a file from elsewhere, with one tensor of five axes, holds. pipeline: (videos, frames, channels, height, width), as pipelines
+    give for output_type="latent". vae: (videos, channels, frames, height, width), as the VAE encodes, not multiplied by its scaling
+    factor (default: told from the number of channels, where that fits only one)."""
+    fps: int | None = None
+    """Frames per second of the file, for latents from elsewhere (default: what the model was trained for)."""
+    dtype: Precision | None = None
+    """Precision of the VAE (default: that of the run that made the latents, or what the model was trained in)."""
+    device: str | None = None
+    """Where to decode, such as cpu or cuda:1 (default: where the latents were made, or the GPU if there is one)."""
+    overwrite: bool = False
+    """Replace files that exist already."""
+
+    def __post_init__(self) -> None:
+        _at_least(1, fps=self.fps)
 
 
 @dataclass(frozen=True)

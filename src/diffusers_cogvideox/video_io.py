@@ -29,6 +29,8 @@ __all__ = [
     "probe_image",
     "probe_video",
     "read_video",
+    "sheet_frames",
+    "to_uint8",
     "write_image",
     "write_video",
 ]
@@ -59,6 +61,11 @@ class VideoInfo:
     def seconds(self) -> float:
         """Playing time."""
         return self.num_frames / self.fps
+
+
+def to_uint8(frames: np.ndarray) -> np.ndarray:
+    """Frames in [0, 1] of any shape as bytes, rounded."""
+    return np.rint(frames * 255).astype(np.uint8)
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -269,10 +276,19 @@ def contact_sheet(videos: Frames | Sequence[Frames], *, columns: int = 8, labels
     return sheet
 
 
+def sheet_frames(count: int, columns: int = 8) -> list[int]:
+    """Numbers of the frames, of `count`, that a contact sheet shows: at most `columns`, spread evenly from the first to the last.
+
+    >>> sheet_frames(9, 3)
+    [0, 4, 8]
+    """
+    return np.linspace(0, count - 1, min(columns, count)).round().astype(int).tolist()
+
+
 def _row(video: np.ndarray, columns: int, gap: int) -> Image.Image:
     """Evenly spread frames of one video (F, H, W, 3) side by side."""
     count, height, width, _ = video.shape
-    chosen = np.linspace(0, count - 1, min(columns, count)).round().astype(int)
+    chosen = sheet_frames(count, columns)
     row = Image.new("RGB", (len(chosen) * (width + gap) + gap, height + gap), "white")
     for i, frame in enumerate(video[chosen]):
         row.paste(Image.fromarray(frame), (gap + i * (width + gap), 0))

@@ -26,6 +26,33 @@ def test_d20_the_scale_that_was_asked_for_stays(pipes):
     assert scales[1] != 6
 
 
+def test_x20_latents_survive_a_decoding_that_runs_out_of_memory(pipes, monkeypatch):
+    """Of the latents of ours, the video is made later."""
+    expected = call(pipes[0])
+    carried = []
+    for pipe in pipes:
+        with monkeypatch.context() as patch:
+            patch.setattr(type(pipe.vae.decoder), "forward", no_memory)
+            with pytest.raises(torch.OutOfMemoryError) as caught:
+                call(pipe)
+        carried.append(getattr(caught.value, "latents", None))
+    assert torch.equal(pipes[0].decode_frames(carried[0], output_type="pt"), expected)
+    assert carried[1] is None
+
+
+def no_memory(*_, **__):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.gpu
+def test_x21_no_decoded_video_stays_on_the_device(folders):
+    places = []
+    for cls in (CogVideoXPipeline, StockPipeline):
+        pipe = cls.from_pretrained(folders()).to("cuda")
+        places.append(call(pipe, output_type="pt").device.type)
+    assert places == ["cpu", "cuda"]
+
+
 # --- found besides ----------------------------------------------------------------------------------------------------
 
 

@@ -167,14 +167,14 @@ def test_a_video_without_its_companions_is_not_finished(batch):
 
 @pytest.mark.parametrize("error", [ValueError, MemoryError])
 def test_one_failure_stops_nothing(error, batch, loads, monkeypatch, capsys):
-    make = generating.make_videos
+    make = generating.stream_videos
 
     def fail(pipe, prompts, *rest, **options):
         if prompts == ["fail"]:
             raise error("for a reason")
         return make(pipe, prompts, *rest, **options)
 
-    monkeypatch.setattr(generating, "make_videos", fail)
+    monkeypatch.setattr(generating, "stream_videos", fail)
     lines = [CIRCLE, {"prompt": "fail"}, {"prompt": "a blue square"}]
     options = batch(lines)
     flags = ["--model", options.model, "--output", options.output, "--steps", "1", "--size", "32x48", "--device", "cpu"]
@@ -185,21 +185,21 @@ def test_one_failure_stops_nothing(error, batch, loads, monkeypatch, capsys):
     assert summary[0] == "1 of 3 videos failed, the others are made:"
     assert summary[1].strip() == f"line 2, {options.output}/002-fail-0.mp4: {error.__name__}: for a reason"
     assert sorted(path.name for path in Path(options.output).glob("*.mp4")) == ["001-a-red-circle-0.mp4", "003-a-blue-square-0.mp4"]
-    monkeypatch.setattr(generating, "make_videos", make)
+    monkeypatch.setattr(generating, "stream_videos", make)
     generate(options)
     assert len(loads) == 2
     assert len(list(Path(options.output).glob("*.mp4"))) == 3
 
 
 def test_ctrl_c_keeps_what_is_made(batch, monkeypatch, caplog):
-    make = generating.make_videos
+    make = generating.stream_videos
 
     def stop(pipe, prompts, *rest, **options):
         if prompts == ["stop"]:
             raise KeyboardInterrupt
         return make(pipe, prompts, *rest, **options)
 
-    monkeypatch.setattr(generating, "make_videos", stop)
+    monkeypatch.setattr(generating, "stream_videos", stop)
     caplog.set_level("INFO")
     options = batch([CIRCLE, {"prompt": "stop"}, {"prompt": "b"}])
     with pytest.raises(KeyboardInterrupt):

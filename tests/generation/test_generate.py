@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import diffusers_cogvideox.generation.generate as generating
 import diffusers_cogvideox.generation.model_folder as model_folder
+import diffusers_cogvideox.generation.writing as writing
 from diffusers_cogvideox import CogVideoXDPMScheduler, CogVideoXPipeline, cli
 from diffusers_cogvideox.demo import demo_model
 from diffusers_cogvideox.generation.generate import generate
@@ -121,21 +122,27 @@ def test_an_existing_video_is_replaced_only_on_demand(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("moment", "name"), [("make_videos", "SIGINT"), ("write_video", "SIGTERM"), ("contact_sheet", "SIGTERM"), ("write_image", "SIGINT")]
+    ("module", "moment", "name"),
+    [
+        (generating, "stream_videos", "SIGINT"),
+        (writing, "write_video", "SIGTERM"),
+        (writing, "contact_sheet", "SIGTERM"),
+        (writing, "write_image", "SIGINT"),
+    ],
 )
-def test_an_interrupted_run_leaves_nothing(moment, name, folder, tmp_path, monkeypatch):
+def test_an_interrupted_run_leaves_nothing_but_latents(module, moment, name, folder, tmp_path, monkeypatch):
     """Ctrl-C sends SIGINT, batch systems SIGTERM; here it arrives when that function has done its work."""
-    whole = getattr(generating, moment)
+    whole = getattr(module, moment)
 
     def interrupted(*args, **kwargs):
         result = whole(*args, **kwargs)
         signal.raise_signal(getattr(signal, name))
         return result
 
-    monkeypatch.setattr(generating, moment, interrupted)
+    monkeypatch.setattr(module, moment, interrupted)
     arguments = ["generate", PROMPT, "--model", str(folder), "--steps", "1", "--output", str(tmp_path / "out"), "--device", "cpu"]
     assert cli.main(arguments) == 130
-    assert names(tmp_path / "out") == []
+    assert names(tmp_path / "out") == ["a-red-circle-moves-right-0.latents.safetensors"] * (module is writing)
 
 
 # --- what the checkpoint decides ----------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 import diffusers_cogvideox as package
 import diffusers_cogvideox.generation.generate as generating
+import diffusers_cogvideox.generation.writing as writing
 from diffusers_cogvideox import cli
 from diffusers_cogvideox.generation.generate import generate
 from diffusers_cogvideox.generation.plan import plan
@@ -56,7 +57,7 @@ TASKS = {
 @pytest.mark.parametrize(("variant", "options", "pipeline", "arguments", "form"), TASKS.values(), ids=TASKS)
 def test_every_task(variant, options, pipeline, arguments, form, folders, files, tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr(generating, "write_video", lambda path, frames, fps: made.append(frames) or write_video(path, frames, fps))
+    monkeypatch.setattr(writing, "write_video", lambda path, frames, fps: write_video(path, watched(frames, made), fps))
     (path,) = generate(asked(folders(variant), tmp_path / "a.mp4", **{k: files.get(v, v) for k, v in options.items()}))
     info = probe_video(path)
     assert (info.num_frames, info.fps, info.height, info.width) == (*form, 32, 48)
@@ -66,7 +67,13 @@ def test_every_task(variant, options, pipeline, arguments, form, folders, files,
     by_hand = {name: files.get(value, value) for name, value in arguments.items()} | ({"fit": "cover"} if set(arguments) else {})
     generator = torch.Generator().manual_seed(3)
     frames = pipe(prompt=PROMPT, num_inference_steps=2, generator=generator, output_type="np", **SIZE, **by_hand).frames[0]
-    np.testing.assert_array_equal(made[0], np.rint(frames * 255))
+    np.testing.assert_array_equal(np.concatenate(made), np.rint(frames * 255))
+
+
+def watched(chunks, made):
+    for chunk in chunks:
+        made.append(chunk)
+        yield chunk
 
 
 def test_continuation_by_words(folders, files, tmp_path):
@@ -218,9 +225,9 @@ def test_ctrl_c_and_the_same_command_again(every, moment, folders, tmp_path, mon
     """The state is saved at the interruption, too: no step that was finished is made twice."""
     arguments = ["generate", PROMPT, "--model", str(folders()), "--steps", "4", "--size", "32x48", "--device", "cpu", "--sampler", "dpm"]
     assert cli.main([*arguments, "--output", str(tmp_path / "whole.mp4")]) == 0
-    make, steps = generating.make_videos, []
+    make, steps = generating.stream_videos, []
 
-    def make_videos(*args, callback_on_step_end, **kwargs):
+    def stream_videos(*args, callback_on_step_end, **kwargs):
         def callback(*state):
             steps.append(1)
             if len(steps) == moment:
@@ -229,7 +236,7 @@ def test_ctrl_c_and_the_same_command_again(every, moment, folders, tmp_path, mon
 
         return make(*args, callback_on_step_end=callback, **kwargs)
 
-    monkeypatch.setattr(generating, "make_videos", make_videos)
+    monkeypatch.setattr(generating, "stream_videos", stream_videos)
     capsys.readouterr()
     command = [*arguments, "--output", str(tmp_path / "a.mp4"), "--checkpoint-every", str(every), "--preview"]
     assert cli.main(command) == 130
@@ -255,14 +262,14 @@ def test_the_state_of_another_video_is_not_used(folders, tmp_path):
 
 
 def test_the_preview_is_there_while_the_video_is_made(folders, tmp_path, monkeypatch):
-    sizes, write = [], generating.write_video
+    sizes, write = [], writing.write_video
 
     def write_video(*args):
         with Image.open(tmp_path / "a.preview.png") as sheet:
             sizes.append(sheet.size)
         return write(*args)
 
-    monkeypatch.setattr(generating, "write_video", write_video)
+    monkeypatch.setattr(writing, "write_video", write_video)
     generate(asked(folders(), tmp_path / "a.mp4", preview=True))
     ((width, height),) = sizes
     assert width == 3 * (48 + 4) + 4 and height > 32 + 8

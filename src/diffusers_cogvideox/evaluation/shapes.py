@@ -15,10 +15,11 @@ from tqdm.auto import tqdm
 from ..data.captions import canonical, caption, parse
 from ..data.moving_shapes import Scene, all_scenes, render, split
 from ..files import check_writable
-from ..generation.generate import library_versions
-from ..generation.settings import Settings, choose_settings, load_pipeline, make_videos, to_uint8, with_sampler
+from ..generation.job import library_versions
+from ..generation.settings import Settings, choose_settings, load_pipeline, make_videos, with_sampler
 from ..options import EvaluateOptions
 from ..pipelines.pipeline import CogVideoXPipeline
+from ..video_io import to_uint8
 from .detectors import detect, score
 from .metrics import psnr
 from .report import Row, Sample, ShapesReport, tally

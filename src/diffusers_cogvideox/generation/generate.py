@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import json
-import time
+import shlex
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from diffusers.utils import logging
+from safetensors import SafetensorError
 
-from ..files import atomic_path
 from ..options import GenerateOptions, MistakesError
 from ..pipelines.base import CogVideoXPipelineBase
+from ..pipelines.decoding import FrameStream
 from ..pipelines.journal import Journal
-from ..video_io import contact_sheet, write_image, write_video
-from .job import Job, library_versions
+from ..runtime.out_of_memory import is_out_of_memory
+from .job import Job
+from .latents import SavedLatents, identity_of
 from .model_folder import ModelFolder
 from .plan import plan
 from .preview import Preview, PreviewMap, fit_to_vae
-from .settings import load_pipeline, make_videos, prepared
+from .settings import load_pipeline, prepared, stream_videos
+from .writing import Clock, UnfinishedVideoError, in_words, write_files
 
 __all__ = ["generate"]
 
@@ -38,7 +40,7 @@ def generate(options: GenerateOptions) -> list[Path]:
         MistakesError: for videos that failed, after all others are made.
     """
     jobs = plan(options)
-    waiting = [job for job in jobs if options.overwrite or not job.is_finished()]
+    waiting = [job for job in jobs if options.overwrite or not _is_finished(job, options)]
     for job in jobs:
         if job not in waiting:
             logger.info(f"{job.output} is there already.")
@@ -47,10 +49,17 @@ def generate(options: GenerateOptions) -> list[Path]:
     return [job.output for job in jobs]
 
 
+def _is_finished(job: Job, options: GenerateOptions) -> bool:
+    """Whether all is there that is asked for."""
+    return job.is_finished() and (not options.save_latents or identity_of(job.latents) == job.identity)
+
+
 def _make_all(jobs: Sequence[Job], options: GenerateOptions) -> None:
     """Make videos with one model. Raises as `generate`; the error of a single video is raised as it is."""
     clock = Clock()
     pipe = load_pipeline(jobs[0].settings)
+    if options.tiling:
+        pipe.vae.enable_tiling()
     clock.lap("load")
     workshop = Workshop(pipe, options, clock.seconds["load"])
     failures: list[str] = []
@@ -71,20 +80,6 @@ def _make_all(jobs: Sequence[Job], options: GenerateOptions) -> None:
         raise MistakesError(f"{len(failures)} of {len(jobs)} videos failed, the others are made:", failures)
 
 
-class Clock:
-    """Seconds spent in each stage, rounded to milliseconds."""
-
-    def __init__(self, **seconds: float) -> None:
-        self.seconds = seconds
-        self._last = time.perf_counter()
-
-    def lap(self, stage: str) -> None:
-        """Add the time since the last lap to a stage."""
-        now = time.perf_counter()
-        self.seconds[stage] = round(self.seconds.get(stage, 0.0) + now - self._last, 3)
-        self._last = now
-
-
 class Workshop:
     """A loaded model, and how its videos are made: with a journal, with a preview."""
 
@@ -93,9 +88,13 @@ class Workshop:
         self._colours: PreviewMap | None = None  # fitted or read when the first video needs it
 
     def make(self, job: Job, title: str) -> None:
-        """Make one video and its companions. All of the files appear, or none; an interrupted run with a journal leaves that."""
+        """Make one video and its companions. All of the files appear, or none.
+
+        An interrupted run with a journal leaves that; one that fails while it decodes leaves the latents.
+        """
         pipe = prepared(self._pipe, job.settings)
         pipe.set_progress_bar_config(desc=title)
+        keep = bool(self._options.checkpoint_every) or job.journal.exists()
         clock, journal, preview = Clock(load=self._load_seconds), self._journal(job), self._preview(pipe, job)
 
         def after_step(pipe: Any, index: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -106,21 +105,51 @@ class Workshop:
 
         extra = {"callback_on_step_end": after_step, "journal": journal, **job.sources.call_arguments()}
         try:
-            frames = make_videos(pipe, [job.prompt], [job.seed], job.settings, **extra)[0]
-            clock.lap("decode")
-            _write(pipe, job, frames, clock)
-        except BaseException:
-            if journal:
+            (frames,) = stream_videos(pipe, [job.prompt], [job.seed], job.settings, **extra)
+            self._finish(pipe, job, frames, clock)
+        except BaseException as error:
+            undecoded = hasattr(error, "latents")
+            if journal and (keep or undecoded):
                 journal.save()
                 logger.info(f"{job.output}: stopped after {journal.progress}; the same command goes on from there.")
+            if undecoded and is_out_of_memory(error):
+                raise UnfinishedVideoError(f"{job.output} is not finished: {in_words(error)}.") from error
             raise
         for leftover in (job.journal, job.preview):
             leftover.unlink(missing_ok=True)
         logger.info(f"{job.output} is finished.")
 
+    def _finish(self, pipe: CogVideoXPipelineBase, job: Job, frames: FrameStream, clock: Clock) -> None:
+        """Decode and write. Where that fails, the latents are saved.
+
+        Raises UnfinishedVideoError, which tells how to go on, in place of errors that are nobody's mistake.
+        """
+        scheduler = {"class": type(pipe.scheduler).__name__} | {k: v for k, v in pipe.scheduler.config.items() if k[0] != "_"}
+        content = job.recipe() | {"scheduler": scheduler}
+        saved = None
+        if frames.latents is not None:
+            saved = SavedLatents(
+                latents=frames.latents,
+                scaling_factor=pipe.vae_scaling_factor_image,
+                extent=frames.extent,
+                identity=job.identity,
+                video=job.output.name,
+                content=content | {"seconds": dict(clock.seconds)},
+            )
+        if saved and self._options.save_latents:
+            saved.save(job.latents)
+        try:
+            write_files(job.output, frames, fps=job.settings.fps, label=job.prompt, content=content, clock=clock)
+        except BaseException as error:
+            if saved:
+                _save_after(error, saved, job)
+            raise
+        if not self._options.save_latents and identity_of(job.latents) == job.identity:
+            job.latents.unlink()  # of an earlier run that failed
+
     def _journal(self, job: Job) -> Journal | None:
-        """The journal of a video, when one is wanted or there from an earlier run."""
-        if not self._options.checkpoint_every and not job.journal.exists():
+        """The journal of a video, when one is wanted or there from an earlier run; or when its latents alone could not be finished."""
+        if not self._options.checkpoint_every and not job.journal.exists() and not job.sources.extend:
             return None
         if self._options.overwrite:
             with suppress(ValueError, OSError):
@@ -144,13 +173,14 @@ class Workshop:
         return Preview(job.preview, self._colours, pipe.geometry, pipe.vae_scaling_factor_image)
 
 
-def _write(pipe: CogVideoXPipelineBase, job: Job, frames: Any, clock: Clock) -> None:
-    """Write the video, its contact sheet and its recipe."""
-    with ExitStack() as files:
-        video, sheet, recipe = (files.enter_context(atomic_path(path)) for path in job.companions)
-        write_video(video, frames, job.settings.fps)
-        write_image(sheet, contact_sheet(frames, labels=[job.prompt]))
-        clock.lap("write")
-        scheduler = {"class": type(pipe.scheduler).__name__} | {k: v for k, v in pipe.scheduler.config.items() if k[0] != "_"}
-        content = job.recipe() | {"scheduler": scheduler, "versions": library_versions(), "seconds": clock.seconds}
-        recipe.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def _save_after(error: BaseException, saved: SavedLatents, job: Job) -> None:
+    """Save the latents of an unfinished video, and log where; raises UnfinishedVideoError for an error that is nobody's mistake."""
+    try:
+        saved.save(job.latents)
+    except (OSError, SafetensorError) as second:
+        reasons = f"{in_words(error)}; {in_words(second)}"
+        raise UnfinishedVideoError(f"{job.output} could not be written, and its latents could not be saved either: {reasons}.") from error
+    way = f"its latents are in {job.latents}: `cogvideox decode {shlex.quote(str(job.latents))}` makes the video of them"
+    if isinstance(error, (OSError, FloatingPointError)) or is_out_of_memory(error):
+        raise UnfinishedVideoError(f"{job.output} could not be decoded and written, but {way}. The reason: {in_words(error)}.") from error
+    logger.info(f"{job.output} is not finished, but {way}.")

@@ -14,7 +14,7 @@ from ..pipelines.folder import read_json
 from .settings import Settings
 from .sources import Sources
 
-__all__ = ["Job", "library_versions"]
+__all__ = ["Job", "companions", "library_versions"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,12 @@ class Job:
     @property
     def companions(self) -> list[Path]:
         """All files of the video: itself, the contact sheet, the recipe."""
-        return [self.output, self.output.with_suffix(".png"), self.output.with_suffix(".json")]
+        return companions(self.output)
+
+    @property
+    def latents(self) -> Path:
+        """What the video is decoded from, when that is kept."""
+        return self.output.with_suffix(".latents.safetensors")
 
     @property
     def preview(self) -> Path:
@@ -66,6 +71,11 @@ class Job:
             return Job.from_recipe(read_json(self.companions[-1]), self.output) == replace(self, title="")
         except (OSError, KeyError, TypeError, ValueError):
             return False  # somebody else's file
+
+
+def companions(video: Path) -> list[Path]:
+    """A video file and what stands beside it: the contact sheet and the JSON file."""
+    return [video, video.with_suffix(".png"), video.with_suffix(".json")]
 
 
 def library_versions() -> dict[str, str]:

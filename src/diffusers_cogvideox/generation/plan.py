@@ -19,18 +19,19 @@ from ..pipelines.lora_files import open_lora
 from ..pipelines.video_to_video import skipped_steps
 from ..video_io import CONTAINERS
 from .batch import Item, each, read_items
-from .job import Job
+from .job import Job, companions
+from .latents import identity_of
 from .model_folder import ModelFolder
 from .routes import choose_pipeline
 from .settings import Settings, check_device, check_settings, choose_settings
 from .sources import LoraFile, Sources, read_loras
 
-__all__ = ["plan"]
+__all__ = ["check_output", "output_paths", "plan"]
 
 _FOLDER = "outputs"
 _SLUG = 60  # characters of the prompt in a file name
 # A recipe fixes everything but these.
-_FREE = ("prompt", "output", "device", "overwrite", "checkpoint_every", "preview")
+_FREE = ("prompt", "output", "device", "overwrite", "tiling", "checkpoint_every", "preview", "save_latents")
 
 
 def plan(options: GenerateOptions) -> list[Job]:
@@ -48,7 +49,7 @@ def plan(options: GenerateOptions) -> list[Job]:
         numbered = [(item.title, (number, item)) for number, item in enumerate(items, start=1)]
         found = each(options.prompt, numbered, lambda pair: _jobs(pair[0], pair[1], folder, loras))
         jobs = [job for several in found for job in several]
-    each(options.prompt, [(job.title, job) for job in jobs], lambda job: _check_output(job, options.overwrite))
+    each(options.prompt, [(job.title, job) for job in jobs], lambda job: _check_files(job, options.overwrite))
     _check_distinct(jobs)
     return jobs
 
@@ -64,7 +65,7 @@ def _jobs(number: int, item: Item, folder: ModelFolder, loras: tuple[LoraFile, .
     _check_sources(sources, settings, source.get("num_frames"))
     seeds = range(options.seed, options.seed + options.num_videos)
     names = [f"{f'{number:03d}-' if item.title else ''}{_slug(options.prompt)}-{seed}.mp4" for seed in seeds]
-    outputs = _output_paths(options, names)
+    outputs = output_paths(options.output, names)
     common: dict[str, Any] = {"prompt": options.prompt, "settings": settings, "sources": sources, "title": item.title}
     return [Job(seed=seed, output=output, **common) for seed, output in zip(seeds, outputs, strict=True)]
 
@@ -118,7 +119,7 @@ def _repeated(options: GenerateOptions) -> Job:
         raise ValueError(f"{options.prompt} is not a file that `generate` wrote beside a video: {str(error).rstrip('.')}.") from error
     job = replace(job, settings=replace(job.settings, device=check_device(options.device or job.settings.device)))
     _check_unchanged(job, options.prompt)
-    (output,) = _output_paths(options, [f"{_slug(job.prompt)}-{job.seed}.mp4"])
+    (output,) = output_paths(options.output, [f"{_slug(job.prompt)}-{job.seed}.mp4"])
     return replace(job, output=output)
 
 
@@ -147,9 +148,12 @@ def _slug(prompt: str) -> str:
     return "-".join(re.findall(r"\w+", prompt.lower()))[:_SLUG].strip("-") or "video"
 
 
-def _output_paths(options: GenerateOptions, names: Sequence[str]) -> list[Path]:
-    """Where each video goes. Raises ValueError for one file and several videos, and for another kind of file."""
-    target = Path(_FOLDER if options.output is None else options.output)
+def output_paths(output: str | None, names: Sequence[str]) -> list[Path]:
+    """Where each video goes: to the file `output`, or into that folder.
+
+    Raises ValueError for one file and several videos, and for another kind of file.
+    """
+    target = Path(_FOLDER if output is None else output)
     if target.suffix.lower() not in CONTAINERS:
         if (mimetypes.guess_type(target.name)[0] or "").startswith(("video/", "image/")):
             raise ValueError(f"--output {target} is not possible: name a folder, or a file that ends in {', '.join(CONTAINERS)}.")
@@ -159,12 +163,19 @@ def _output_paths(options: GenerateOptions, names: Sequence[str]) -> list[Path]:
     return [target]
 
 
-def _check_output(job: Job, overwrite: bool) -> None:
+def _check_files(job: Job, overwrite: bool) -> None:
     """Raise OSError when a file of the video cannot be written, or exists already and is not this video's."""
-    existing = [path for path in job.companions if path.exists()]
-    if existing and not overwrite and not job.is_finished():
+    check_output(job.output, overwrite or job.is_finished())
+    if job.latents.exists() and not overwrite and identity_of(job.latents) != job.identity:
+        raise FileExistsError(f"{job.latents} exists already, of another video: choose another --output, or replace it with --overwrite.")
+
+
+def check_output(video: Path, overwrite: bool) -> None:
+    """Raise OSError when a video file or what stands beside it cannot be written, or exists already and is not to be replaced."""
+    existing = [path for path in companions(video) if path.exists()]
+    if existing and not overwrite:
         raise FileExistsError(f"{existing[0]} exists already: choose another --output, or replace it with --overwrite.")
-    check_writable(job.output)
+    check_writable(video)
 
 
 def _check_distinct(jobs: Sequence[Job]) -> None:

@@ -11,14 +11,27 @@ import torch
 
 from ..options import Precision, Sampler, SamplingOptions
 from ..pipelines.base import CogVideoXPipelineBase
+from ..pipelines.decoding import FrameStream
 from ..schedulers.scheduler import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
-from ..video_io import check_rate
+from ..video_io import check_rate, to_uint8
 from .json_types import type_mistakes
 from .model_folder import ModelFolder, source_of
 from .routes import PIPELINES, choose_pipeline, takes_frames
 from .sources import LoraFile
 
-__all__ = ["Settings", "check_settings", "choose_settings", "load_pipeline", "make_videos", "prepared", "to_uint8", "with_sampler"]
+__all__ = [
+    "Settings",
+    "check_device",
+    "check_precision",
+    "check_settings",
+    "choose_settings",
+    "load_pipeline",
+    "make_videos",
+    "native_dtype",
+    "prepared",
+    "stream_videos",
+    "with_sampler",
+]
 
 AnyPipeline = TypeVar("AnyPipeline", bound=CogVideoXPipelineBase)
 
@@ -77,7 +90,7 @@ def choose_settings(options: SamplingOptions, model: str | ModelFolder, files: S
     device = check_device(options.device)
     flags = {"sampler": options.sampler, "num_inference_steps": options.steps, "guidance_scale": options.guidance_scale} | chosen
     values: dict[str, Any] = asdict(folder.recommended) | {name: value for name, value in flags.items() if value is not None}
-    values["dtype"] = options.dtype or _native_dtype(values["dtype"], device)
+    values["dtype"] = options.dtype or native_dtype(values["dtype"], device)
     settings = Settings(model=folder.name, fingerprint=folder.fingerprint(), pipeline=pipeline.__name__, device=device, **values)
     check_settings(settings, folder)
     return settings
@@ -96,11 +109,15 @@ def check_settings(settings: Settings, folder: ModelFolder) -> None:
     limit = folder.configs["scheduler"]["num_train_timesteps"]
     if not 1 <= settings.num_inference_steps <= limit:
         raise ValueError(f"--steps {settings.num_inference_steps} is not possible: it must be between 1 and {limit}.")
-    check_device(settings.device)
-    if torch.device(settings.device).type == "cpu" and settings.dtype == "float16":
+    check_precision(settings.dtype, check_device(settings.device))
+
+
+def check_precision(dtype: str, device: str) -> None:
+    """Raise ValueError for a precision that a device cannot compute in."""
+    if torch.device(device).type == "cpu" and dtype == "float16":
         raise ValueError("--dtype float16 does not work on a CPU: choose bfloat16 or float32, or --device cuda.")
-    if torch.device(settings.device).type == "cuda" and settings.dtype == "bfloat16" and not torch.cuda.is_bf16_supported():
-        raise ValueError(f"--dtype bfloat16 does not work on {torch.cuda.get_device_name(settings.device)}: choose float32 or float16.")
+    if torch.device(device).type == "cuda" and dtype == "bfloat16" and not torch.cuda.is_bf16_supported():
+        raise ValueError(f"--dtype bfloat16 does not work on {torch.cuda.get_device_name(device)}: choose float32 or float16.")
 
 
 def check_device(device: str | None) -> str:
@@ -134,16 +151,19 @@ def prepared(pipe: CogVideoXPipelineBase, settings: Settings) -> Any:
     return with_sampler(PIPELINES[settings.pipeline](**pipe.components), settings.sampler)
 
 
+def stream_videos(pipe: Any, prompts: list[str], seeds: Sequence[int], settings: Settings, **options: Any) -> list[FrameStream]:
+    """One video for each prompt and seed, denoised in one batch and decoded while it is read. `options` go to the pipeline's call."""
+    return _call(pipe, prompts, seeds, settings, output_type="stream", **options)
+
+
 def make_videos(pipe: Any, prompts: list[str], seeds: Sequence[int], settings: Settings, **options: Any) -> np.ndarray:
-    """One video for each prompt and seed, in one batch: uint8 (B, F, H, W, 3). `options` are further arguments of the pipeline."""
+    """The same videos, decoded in one batch too: uint8 (B, F, H, W, 3)."""
+    return to_uint8(_call(pipe, prompts, seeds, settings, output_type="np", **options))
+
+
+def _call(pipe: Any, prompts: list[str], seeds: Sequence[int], settings: Settings, **options: Any) -> Any:
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    frames = pipe(prompt=prompts, generator=generators, output_type="np", **settings.call_arguments(), **options)[0]
-    return to_uint8(frames)
-
-
-def to_uint8(frames: np.ndarray) -> np.ndarray:
-    """Frames in [0, 1] of any shape as bytes, rounded."""
-    return np.rint(frames * 255).astype(np.uint8)
+    return pipe(prompt=prompts, generator=generators, **settings.call_arguments(), **options)[0]
 
 
 def with_sampler(pipe: AnyPipeline, sampler: str, **components: Any) -> AnyPipeline:
@@ -152,7 +172,7 @@ def with_sampler(pipe: AnyPipeline, sampler: str, **components: Any) -> AnyPipel
     return type(pipe)(**{**pipe.components, "scheduler": scheduler, **components})
 
 
-def _native_dtype(recommended: str, device: str) -> str:
+def native_dtype(recommended: str, device: str) -> str:
     """The precision to run in: the recommended one, where the device can."""
     return "bfloat16" if recommended == "float16" and torch.device(device).type == "cpu" else recommended
 

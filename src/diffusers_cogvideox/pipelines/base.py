@@ -20,14 +20,14 @@ from ..models.transformer import CogVideoXTransformer3DModel
 from ..presets import PRESETS, match_preset
 from ..runtime.health import check_dtype, run_checked
 from .conditioning import Condition
+from .decoding import VideoDecoder
 from .denoising import denoise
-from .framing import crop_video
 from .inversion import InversionMixin
 from .lora import CogVideoXLoraMixin
 from .output import CogVideoXPipelineOutput
 from .portability import PortablePipeline
 from .prompts import PromptInputs
-from .request import Request
+from .request import OUTPUT_TYPES, Request
 from .sampling import Stepper, check_scheduler, set_timesteps
 
 __all__ = ["CogVideoXPipelineBase"]
@@ -204,9 +204,40 @@ class CogVideoXPipelineBase(PortablePipeline, CogVideoXLoraMixin, InversionMixin
         return positive, finished(inputs.encode_negative(**encoder))
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Video (B, 3, F, H, W) in about [-1, 1] from the loop's latents (B, f, C, h, w)."""
+        """Video (B, 3, F, H, W) in about [-1, 1] from the loop's latents (B, f, C, h, w), whole and on the device."""
         latents = latents.transpose(1, 2).to(self.vae.dtype) / self.vae_scaling_factor_image
         return run_checked(self.vae, lambda: self.vae.decode(latents).sample, "while decoding")
+
+    def decode_frames(
+        self,
+        latents: Tensor,
+        num_frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        output_type: str = "pil",
+    ) -> Any:
+        """What a call makes of its latents (B, f, C, h, w): the frames, of any `output_type` but "latent", chunk by chunk.
+
+        Takes the `latents` of an error that ended a call while it decoded, and the result of output_type="latent". By default all
+        frames and pixels are shown that the latents hold.
+
+        Raises:
+            ValueError: for another output type, and for more frames or pixels than there are.
+            FloatingPointError: for frames that are not finite.
+        """
+        if output_type not in OUTPUT_TYPES or output_type == "latent":
+            raise ValueError(f"output_type={output_type!r} is not possible: use one of {OUTPUT_TYPES[:-1]}.")
+        self.check_component("vae")
+        decoder = VideoDecoder(
+            vae=self.vae,
+            geometry=self.geometry,
+            scaling_factor=self.vae_scaling_factor_image,
+            device=self._execution_device,
+            processor=self.video_processor,
+            release=self.maybe_free_model_hooks,
+        )
+        extent = decoder.extent(latents, num_frames, height, width)
+        return decoder.streams(latents, extent) if output_type == "stream" else decoder.collect(latents, extent, output_type)
 
     def fuse_qkv_projections(self) -> None:
         """Compute query, key and value of every attention layer of the transformer with one matrix product."""
@@ -297,10 +328,9 @@ class CogVideoXPipelineBase(PortablePipeline, CogVideoXLoraMixin, InversionMixin
 
     def _finish(self, latents: Tensor, request: Request) -> CogVideoXPipelineOutput | tuple[Any]:
         """Decode latents (B, F, C, H, W) to the output type and size that were asked for, and let offloading take the models back."""
-        video = latents
-        if request.output_type != "latent":
-            asked = {"frames": request.num_frames, "height": request.height, "width": request.width}
-            video = crop_video(self.decode_latents(latents), self.geometry, **asked)
-            video = self.video_processor.postprocess_video(video, output_type=request.output_type)
-        self.maybe_free_model_hooks()
+        if request.output_type == "latent":
+            video = latents
+            self.maybe_free_model_hooks()
+        else:
+            video = self.decode_frames(latents, request.num_frames, request.height, request.width, request.output_type)
         return CogVideoXPipelineOutput(frames=video) if request.return_dict else (video,)

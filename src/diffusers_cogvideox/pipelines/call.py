@@ -67,7 +67,7 @@ def shared_arguments(
     generator: source of the noise, one for all videos or one for each.
     latents: noise to start from, (videos, latent frames, channels, height / 8, width / 8) of what is made before cropping.
     prompt_embeds, negative_prompt_embeds: embeddings (B, L, D_text) in place of text.
-    output_type, return_dict: "pil", "np", "pt" or "latent"; False for a tuple in place of an output object.
+    output_type, return_dict: "pil", "np", "pt", "latent" or "stream" (see `CogVideoXPipelineOutput`); False for a tuple in its place.
     attention_kwargs: handed to the attention processors; `{"scale": s}` scales a LoRA.
     callback_on_step_end: f(pipe, step, timestep, tensors) after each step; what it returns replaces the tensors.
     callback_on_step_end_tensor_inputs: which to show it: "latents" (default), "prompt_embeds", "negative_prompt_embeds".
@@ -80,7 +80,7 @@ def shared_arguments(
     riflex: lower the frequency that makes videos of twice the trained length or more repeat themselves (without windows).
     journal: saves the state of the loop every few steps, and goes on from it in a later call.
 
-    Raises ValueError or TypeError, before anything runs, for arguments that cannot give what they ask for.
+    Raises ValueError or TypeError, before anything runs, for what cannot be had. Errors while decoding carry `latents`: `decode_frames`.
     """
 
 

@@ -14,6 +14,7 @@ from ..tasks import Task, check_task, tasks_of
 from .base import CogVideoXPipelineBase
 from .call import FIRST, task_call
 from .conditioning import Condition, noise_condition
+from .decoding import shown
 from .encoding import broadcast, encode_video
 from .framing import pad_video
 from .image_to_video import image_condition
@@ -59,7 +60,7 @@ class CogVideoXContinuationPipeline(CogVideoXPipelineBase):
         if clip.shape[2] < overlap:
             raise ValueError(f"overlap_frames={overlap} is more than the {clip.shape[2]} frame(s) of the video: choose fewer.")
         frames = self._extend(broadcast(clip, request, name="video"), request.num_frames, self._with_embeddings(window), overlap)
-        result = self.video_processor.postprocess_video(frames, output_type=request.output_type)
+        result = shown(self.video_processor, frames, request.output_type)
         return CogVideoXPipelineOutput(frames=result) if request.return_dict else (result,)
 
     def _check_window(self, window: Request, overlap: int) -> None:

@@ -34,7 +34,7 @@ def pad_video(video: Tensor, geometry: Geometry, *, whole_patches: bool = False)
     return F.pad(video, (*sides, 0, padded_frames - frames), mode="replicate")
 
 
-def crop_video(video: Tensor, geometry: Geometry, *, frames: int, height: int, width: int) -> Tensor:
-    """The first `frames` frames and the middle `height` x `width` pixels of a generated video (B, C, F, H, W)."""
-    top, left = geometry.margins(height, width)
+def crop_video(video: Tensor, *, frames: int, height: int, width: int) -> Tensor:
+    """The first `frames` frames and the middle `height` x `width` pixels of a decoded video (B, C, F, H, W)."""
+    top, left = (video.shape[-2] - height) // 2, (video.shape[-1] - width) // 2
     return video[:, :, :frames, top : top + height, left : left + width]

@@ -22,7 +22,7 @@ from .windows import ContextWindows
 
 __all__ = ["OUTPUT_TYPES", "Request"]
 
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+OUTPUT_TYPES = ("pil", "np", "pt", "stream", "latent")
 
 logger = logging.get_logger(__name__)
 

@@ -10,7 +10,7 @@ import torch
 from diffusers.utils import logging
 from torch import Tensor, nn
 
-__all__ = ["check_dtype", "first_bad_layer", "is_finite", "run_checked"]
+__all__ = ["check_dtype", "checked", "first_bad_layer", "is_finite", "run_checked"]
 
 logger = logging.get_logger(__name__)
 
@@ -46,20 +46,24 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def run_checked(model: nn.Module, call: Callable[[], Tensor], where: str) -> Tensor:
-    """`call()`, which runs `model`, and an error in place of a result that is not finite.
+    """`call()`, which runs `model`, and an error in place of a result that is not finite. See `checked`."""
+    return checked(call(), model, call, where)
 
-    A healthy run costs `is_finite` of its result. A bad one is repeated under hooks that find the layer, so `call` must be
-    repeatable.
+
+def checked(result: Tensor, model: nn.Module, call: Callable[[], object], where: str) -> Tensor:
+    """`result`, a tensor of any shape that `model` made, or an error when it is not finite.
+
+    A healthy result costs `is_finite`. For a bad one, `call` makes it again under hooks that find the layer.
 
     Args:
+        result: what is checked.
         model: the model whose layers are searched.
-        call: makes the tensor, of any shape.
+        call: runs the model as for `result`.
         where: for the message, "at step 3 of 50 (timestep 940)".
 
     Raises:
         FloatingPointError: names the first layer that went bad, where, and what to do.
     """
-    result = call()
     if is_finite(result):
         return result
     layer = first_bad_layer(model, call)

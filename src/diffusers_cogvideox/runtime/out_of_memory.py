@@ -1,0 +1,43 @@
+"""When memory runs out: how it is recognised, what can be freed, and a VAE that makes do with less."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers.utils.torch_utils import empty_device_cache
+
+__all__ = ["free_unused_memory", "is_out_of_memory", "low_memory"]
+
+# How allocators and libraries say it that have no class of errors of their own: the processor's (Linux, Windows), cuDNN and cuBLAS.
+_WORDS = ("out of memory", "can't allocate memory", "not enough memory", "status_alloc_failed")
+
+_PLAIN = (bool, int, float, str, tuple, frozenset, type(None))  # what settings are; anything else is the model itself
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that PyTorch or NumPy found no memory, on an accelerator or on the processor."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _WORDS)
+
+
+def free_unused_memory() -> None:
+    """Give memory that no tensor holds any more back to the accelerator."""
+    gc.collect()
+    empty_device_cache()
+
+
+@contextmanager
+def low_memory(vae: Any) -> Iterator[None]:
+    """Let a VAE work with less memory, and longer, while the block runs (`enable_tiling`); its own settings come back afterwards."""
+    before = {name: value for name, value in vars(vae).items() if isinstance(value, _PLAIN)}
+    vae.enable_tiling()
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(vae, name, value)
