@@ -36,6 +36,7 @@ _WITHOUT = (
     "output_type",
     "return_dict",
     "journal",
+    "guider",
 )
 
 
