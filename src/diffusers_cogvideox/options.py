@@ -178,8 +178,8 @@ class GenerateOptions(InputOptions, SamplingOptions):
     """Pipeline folder, repository on the Hugging Face hub (such as zai-org/CogVideoX-2b), or one of the small models that come with
     the package: "demo" (text to video), "demo-i2v" (image to video)."""
     lora: tuple[str, ...] = ()
-    """LoRA file, or folder of one, with its strength behind a colon where that is not 1: style.safetensors:0.7. Can be given
-    several times."""
+    """LoRA file, folder of one, or repository on the hub (owner/name, or owner/name/FILE), with its strength behind a colon where
+    that is not 1: style.safetensors:0.7. Can be given several times."""
     lora_alpha: float | None = None
     """Alpha of the LoRA files that do not name theirs (default: what their trainer uses, or their rank, with a warning)."""
     output: str | None = None
