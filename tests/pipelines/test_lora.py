@@ -374,7 +374,7 @@ def test_what_is_not_in_the_cache_either(cached, text):
 
 @pytest.mark.parametrize("text", ["no.safetensors", "folder/no.safetensors", "./a/b", "/a/b/c", "../a/b"])
 def test_files_that_are_no_repositories(cached, text):
-    with pytest.raises(FileNotFoundError, match=f"there is no file {text}"):
+    with pytest.raises(FileNotFoundError, match=rf"there is no file .*{Path(text).name}\.$"):
         read_loras((text,))
 
 
