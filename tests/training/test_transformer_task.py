@@ -163,7 +163,7 @@ def test_latents_of_other_clips_are_not_reused(tmp_path: Path, parts: dict[str, 
 
 def test_latents_that_do_not_say_what_they_are(tmp_path: Path, parts: dict[str, str]) -> None:
     save_file({"latents": torch.zeros(4, 1, 4, 4, 4)}, tmp_path / "latents_1.safetensors")
-    with pytest.raises(ValueError, match=r"data\.seed \(not noted, now 0\)"):
+    with pytest.raises(ValueError, match=r"latents_1\.safetensors does not say from what its clips were encoded"):
         TransformerTask(config(tmp_path, parts))
 
 

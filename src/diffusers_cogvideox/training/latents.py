@@ -108,8 +108,9 @@ def read_latents(path: Path, facts: Mapping[str, Any]) -> Tensor:
     """
     with safe_open(path, "pt") as file:
         note = json.loads((file.metadata() or {}).get(_NOTE, "{}"))
-        changed = [f"{name} ({note.get(name, 'not noted')}, now {value})" for name, value in facts.items() if note.get(name) != value]
-        if changed:
+        if not note:
+            raise ValueError(f"{path} does not say from what its clips were encoded. Delete it to have them encoded anew.")
+        if changed := [f"{name} ({note.get(name)}, now {value})" for name, value in facts.items() if note.get(name) != value]:
             raise ValueError(
                 f"{path} holds clips that were encoded with other settings: {', '.join(changed)}. Delete it to have them encoded anew, "
                 "restore the settings, or choose another output."
