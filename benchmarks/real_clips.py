@@ -4,7 +4,7 @@
 
 FOLDER holds videos (.mp4). Of each, the shipped VAE makes latents and the video again (tiled: the PSNR of that says what a VAE that was
 trained on drawn shapes of 64x64 pixels keeps of a real picture), and a transformer of the released 5B layout at a tiny width with random
-weights, over that VAE's latents, does one step of image to video, video to video, continuation and inversion each. Their videos
+weights, over that VAE's latents, does one step each of image to video, video to video and inversion. Their videos
 mean nothing; measured are that all numbers are finite, shapes, time and peak memory. Writes results/real_clips.json.
 """
 
@@ -22,7 +22,6 @@ from common import RESULTS, Stages, write_result
 from diffusers_cogvideox import (
     PRESETS,
     AutoencoderKLCogVideoX,
-    CogVideoXContinuationPipeline,
     CogVideoXDDIMScheduler,
     CogVideoXImageToVideoPipeline,
     CogVideoXPipeline,
@@ -52,12 +51,10 @@ def calls(vae: AutoencoderKLCogVideoX, frames: np.ndarray) -> dict[str, Callable
     text, image = tiny("5b", vae), tiny("5b-i2v", vae)
     common = {"prompt_embeds": torch.zeros(1, TOKENS, WIDTH["text_embed_dim"]), "height": frames.shape[1], "width": frames.shape[2]}
     once = {**common, "num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "latent"}
-    given = len(frames) // 16 * 8 + 1  # the first half, 8k + 1
     inverted = {**common, "num_inference_steps": 2, "iterations": 1}
     return {
         "image to video": lambda: CogVideoXImageToVideoPipeline(**image)(image=frames[0], num_frames=len(frames), **once).frames,
         "video to video": lambda: CogVideoXVideoToVideoPipeline(**text)(video=frames, strength=1.0, **once).frames,
-        "continuation": lambda: CogVideoXContinuationPipeline(**text)(video=frames[:given], num_frames=len(frames) - given, **once).frames,
         "inversion": lambda: CogVideoXPipeline(**text).invert(video=frames, **inverted).latents,
     }
 

@@ -221,7 +221,7 @@ class InfoOptions:
     """
 
     model: str = DEMO
-    """Pipeline folder, folder of a single transformer or vae, repository on the Hugging Face hub, LoRA file or folder, or "demo" or
+    """Pipeline folder, folder of a single transformer or vae, repository on the Hugging Face hub, LoRA file (on the hub: owner/name/FILE) or folder, or "demo" or
     "demo-i2v" for the small models that come with the package."""
     _: KW_ONLY
     json: bool = False

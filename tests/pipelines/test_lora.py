@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 import diffusers_cogvideox.pipelines.lora_files as lora_files
 from diffusers_cogvideox import CogVideoXPipeline, CogVideoXTransformer3DModel
+from diffusers_cogvideox.generation.lora_info import describe_lora, is_lora_place
 from diffusers_cogvideox.generation.sources import read_loras
 from diffusers_cogvideox.pipelines.lora_files import find_lora_file, open_lora
 from lora_cases import SPELLINGS, delta, factors, spelled
@@ -364,6 +365,8 @@ def test_a_repository_without_a_connection(cached, text, file, alpha):
     assert (found.file.path, found.scale) == (str(path), 0.5)  # the name, not what the link points to
     assert {layer.alpha for layer in open_lora(found.file.path).layers.values()} == {alpha}
     found.file.check()
+    if text:
+        assert is_lora_place(f"owner/name{text}") and describe_lora(f"owner/name{text}")["alphas"] == [alpha]
 
 
 @pytest.mark.parametrize("text", ["owner/else", "owner/name/no.safetensors", "owner/na me", "owner/name/sub/no.safetensors"])

@@ -16,13 +16,13 @@ from ..checkpoints.lora import Lora, read_lora
 from ..checkpoints.reading import read_tensors
 from .folder import read_json
 
-__all__ = ["fetch_lora", "find_lora_file", "has_lora_file", "open_lora"]
+__all__ = ["WEIGHTS", "fetch_lora", "find_lora_file", "has_lora_file", "open_lora"]
 
 logger = logging.get_logger(__name__)
 
 _USUAL = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors", "pytorch_lora_weights.bin", "adapter_model.bin")
 _HUB = {"revision", "token", "cache_dir", "local_files_only", "force_download"}  # arguments of hf_hub_download that are handed on
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _PEFT_CONFIG = "adapter_config.json"  # beside adapter_model.*, as PEFT saves
 _LATEST = "latest"  # SAT and DeepSpeed: the name of the folder with the newest weights
 _SAT_WEIGHTS = "mp_rank_00_model_states.pt"
@@ -96,7 +96,7 @@ def _newest(folder: Path) -> Path:
 
 
 def _choose(names: Sequence[str], where: str) -> str:
-    weights = sorted(name for name in names if name.endswith(_WEIGHTS))
+    weights = sorted(name for name in names if name.endswith(WEIGHTS))
     usual = [name for name in _USUAL if name in weights]
     if not usual and len(weights) != 1:
         raise FileNotFoundError(
@@ -118,7 +118,7 @@ def fetch_lora(text: str) -> Path:
         return find_lora_file(path)
     owner, _, rest = text.partition("/")
     name, _, file = rest.partition("/")
-    if path.exists() or not name or owner in ("", ".", "..", "~") or (name.endswith(_WEIGHTS) and not file):
+    if path.exists() or not name or owner in ("", ".", "..", "~") or (name.endswith(WEIGHTS) and not file):
         return path
     subfolder, _, weight_name = file.rpartition("/")
     return _download(f"{owner}/{name}", weight_name or None, subfolder or None, {})
