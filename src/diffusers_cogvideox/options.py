@@ -221,8 +221,8 @@ class InfoOptions:
     """
 
     model: str = DEMO
-    """Pipeline folder, folder of a single transformer or vae, repository on the Hugging Face hub, LoRA file (on the hub: owner/name/FILE) or folder, or "demo" or
-    "demo-i2v" for the small models that come with the package."""
+    """Pipeline folder, folder of a single transformer or vae, repository on the Hugging Face hub, LoRA file (on the hub: owner/name/FILE)
+    or folder, or "demo" or "demo-i2v" for the small models that come with the package."""
     _: KW_ONLY
     json: bool = False
     """Print JSON instead of text."""
