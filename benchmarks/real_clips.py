@@ -80,7 +80,7 @@ def measure(path: Path, vae: AutoencoderKLCogVideoX, limit: int) -> dict[str, An
         shapes[name] = list(latents.shape)
         print(path.name, name, shapes[name], stages.seconds[name], flush=True)
     return {
-        "size": list(frames.shape[:3]),
+        "frames_height_width": list(frames.shape[:3]),
         "psnr_of_vae": round(float(psnr(again, frames, 255)), 2),
         "latents": shapes,
         "seconds": stages.seconds,
