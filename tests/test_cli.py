@@ -347,6 +347,20 @@ def test_ctrl_c_gives_130(monkeypatch, capsys):
     assert capsys.readouterr().err == "\ncogvideox info: stopped\n"
 
 
+@pytest.mark.parametrize(("stub", "status", "said"), [("raise KeyboardInterrupt", 130, "\ncogvideox: stopped\n"), ("", 3, "")])
+def test_ctrl_c_during_the_imports(stub, status, said, tmp_path):
+    """The installed command, over a package whose import is interrupted."""
+    source = Path(diffusers_cogvideox.__file__).parents[1]
+    package = tmp_path / "diffusers_cogvideox"
+    package.mkdir()
+    (package / "__init__.py").write_text(stub)
+    (package / "cli.py").write_text("def main(): return 3")
+    program = "import sys; sys.path[:0] = sys.argv[1:]; from cogvideox_command import main; sys.exit(main())"
+    ended = subprocess.run([sys.executable, "-c", program, str(tmp_path), str(source)], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (status, said)
+    assert "cogvideox = cogvideox_command:main" in (source.parent / "setup.cfg").read_text()
+
+
 def test_defects_are_not_hidden(monkeypatch):
     def fail(options):
         raise RuntimeError("a defect")

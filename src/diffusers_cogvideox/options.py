@@ -191,8 +191,8 @@ class GenerateOptions(DecodingOptions, InputOptions, SamplingOptions):
     """Pipeline folder, repository on the Hugging Face hub (such as zai-org/CogVideoX-2b), or one of the small models that come with
     the package: "demo" (text to video), "demo-i2v" (image to video)."""
     lora: tuple[str, ...] = ()
-    """LoRA file, or folder of one, with its strength behind a colon where that is not 1: style.safetensors:0.7. Can be given
-    several times."""
+    """LoRA file, folder of one, or repository on the hub (owner/name, or owner/name/FILE), with its strength behind a colon where
+    that is not 1: style.safetensors:0.7. Can be given several times."""
     lora_alpha: float | None = None
     """Alpha of the LoRA files that do not name theirs (default: what their trainer uses, or their rank, with a warning)."""
     output: str | None = None
@@ -270,8 +270,8 @@ class InfoOptions:
     """
 
     model: str = DEMO
-    """Pipeline folder, folder of a single transformer or vae, repository on the Hugging Face hub, LoRA file or folder, or "demo" or
-    "demo-i2v" for the small models that come with the package."""
+    """Pipeline folder, folder of a single transformer or vae, repository on the Hugging Face hub, LoRA file (on the hub: owner/name/FILE)
+    or folder, or "demo" or "demo-i2v" for the small models that come with the package."""
     _: KW_ONLY
     json: bool = False
     """Print JSON instead of text."""

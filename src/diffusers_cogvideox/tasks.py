@@ -23,12 +23,12 @@ PIPELINES: dict[Task, str] = {
 _NAMES: dict[Task, str] = {"text": "text-to-video", "image": "image-to-video", "control": "control", "inpaint": "inpainting"}
 
 
-def tasks_of(config: Mapping[str, Any]) -> frozenset[Task]:
+def tasks_of(config: Mapping[str, Any], pipeline: str | None = None) -> frozenset[Task]:
     """The tasks that a transformer with this config.json can have; empty for a number of channels that fits none.
 
     With C output channels a model reads C (text), 2C (image, control) or 2C + 1 channels (inpaint). Of the two with 2C, image
     models are known by learned positions (CogVideoX-5B-I2V) or by `ofs_embed_dim` (1.5), control models by their preset.
-    Other configs with 2C channels may be either.
+    Other configs with 2C channels may be either, unless the `pipeline` that their folder names (its model_index.json) settles it.
 
     >>> sorted(tasks_of({"in_channels": 16, "out_channels": 16}))
     ['text']
@@ -46,7 +46,8 @@ def tasks_of(config: Mapping[str, Any]) -> frozenset[Task]:
     preset = match_preset(config)
     if preset is not None and preset.pipeline == PIPELINES["control"]:
         return frozenset({"control"})
-    return frozenset({"image", "control"})
+    either: frozenset[Task] = frozenset({"image", "control"})
+    return frozenset(task for task in either if PIPELINES[task] == pipeline) or either
 
 
 def check_task(config: Mapping[str, Any], wanted: Task) -> None:

@@ -15,6 +15,13 @@ def test_every_row_has_a_test_and_the_reverse():
     assert len(rows) > 30
 
 
+def test_the_rows_of_behaviour_are_there():
+    """The V rows 1 to 12, and the D rows from 9 on but the one on documentation; rows before are facilities of their own."""
+    rows = set(re.findall(r"^\| ([DV]\d+) \|", PAGE.read_text(encoding="utf-8"), re.MULTILINE))
+    assert {f"V{number}" for number in range(1, 13)} <= rows
+    assert {f"D{number}" for number in range(9, 38)} - rows == {"D36"}
+
+
 def test_tables_are_whole():
     """Every line of a table has its five cells, a bar inside code apart."""
     table = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("|")]

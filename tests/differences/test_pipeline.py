@@ -1,11 +1,20 @@
 """The pipeline around the loop: what diffusers does, and what we do."""
 
+from importlib import import_module
+
 import pytest
 import torch
 from diffusers.utils import logging
 from safetensors.torch import load_file, save_file
 
-from diffusers_cogvideox import CogVideoXPipeline, CogVideoXTransformer3DModel
+from diffusers_cogvideox import (
+    CogVideoXContinuationPipeline,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
+    CogVideoXVideoToVideoPipeline,
+)
+from diffusers_cogvideox.generation.model_folder import ModelFolder
+from diffusers_cogvideox.generation.routes import choose_pipeline
 from diffusers_cogvideox.presets import PRESETS
 from parity import StockPipeline, StockTransformer
 from tiny_pipeline import call, save_stock_folder
@@ -15,6 +24,17 @@ from tiny_pipeline import call, save_stock_folder
 def pipes(loaded):
     """Our pipeline and diffusers'."""
     return [cls(**loaded(cls).components) for cls in (CogVideoXPipeline, StockPipeline)]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # other pipelines of diffusers
+def test_d14_the_class_for_a_model_and_what_there_is(tmp_path):
+    """The automatic pipelines of diffusers are for pictures and sound; the command chooses by the model and the files."""
+    folder = save_stock_folder(tmp_path)
+    with pytest.raises(ValueError, match="AutoPipeline can't find a pipeline linked to CogVideoXPipeline"):
+        import_module("diffusers.pipelines.auto_pipeline").AutoPipelineForText2Image.from_pretrained(folder)
+    chosen = [choose_pipeline(ModelFolder.open(folder).configs["transformer"], "X", files) for files in ((), ("video",), ("extend",))]
+    assert chosen == [CogVideoXPipeline, CogVideoXVideoToVideoPipeline, CogVideoXContinuationPipeline]
+    assert [cls.from_pretrained(folder).transformer.config.num_layers for cls in chosen] == [2, 2, 2]
 
 
 def test_d20_the_scale_that_was_asked_for_stays(pipes):

@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler
+from diffusers import AdaptiveProjectedGuidance, ClassifierFreeGuidance, EulerDiscreteScheduler, LayerSkipConfig, SkipLayerGuidance
 
 from diffusers_cogvideox import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXPipeline, SkipLayers, shifted_config
 from diffusers_cogvideox.presets import PRESETS
@@ -36,6 +36,21 @@ def test_d12_attention_can_be_skipped_for_guidance(pipes, part):
     latents(ours)  # nothing is left behind
     with pytest.raises(TypeError, match="skip_layers"):
         latents(stock, **skipping)
+
+
+def test_d13_guiders(pipes):
+    """diffusers' own, which its modular pipelines take; CogVideoX has none there."""
+    ours, stock = pipes()
+    scale = {"guidance_scale": 6.0}
+    torch.testing.assert_close(latents(ours, guider=ClassifierFreeGuidance(**scale)), latents(stock), atol=1e-3, rtol=0)
+    layer = LayerSkipConfig([0], fqn="transformer_blocks")
+    skipped = SkipLayerGuidance(**scale, skip_layer_config=layer, skip_layer_guidance_start=0.0, skip_layer_guidance_stop=1.0)
+    by_hand = latents(ours, skip_layers=SkipLayers([0], scale=2.8, interval=(0.5, 1.0)))  # diffusers' leaves out the first step
+    torch.testing.assert_close(latents(ours, guider=skipped), by_hand, atol=1e-3, rtol=0)
+    projected = latents(ours, guider=AdaptiveProjectedGuidance(**scale))
+    assert projected.isfinite().all() and (projected - by_hand).abs().max() > 1e-2
+    with pytest.raises(TypeError, match="guider"):
+        latents(stock, guider=ClassifierFreeGuidance(**scale))
 
 
 def test_d16_eta(pipes):

@@ -1,8 +1,12 @@
 """The transformer: what diffusers does, and what we do."""
 
+import json
+import re
+from collections import Counter
+
 import pytest
 import torch
-from diffusers import LayerSkipConfig, SeaCacheConfig, TaylorSeerCacheConfig
+from diffusers import FirstBlockCacheConfig, LayerSkipConfig, MagCacheConfig, SeaCacheConfig, TaylorSeerCacheConfig
 from diffusers.hooks.layer_skip import apply_layer_skip
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from diffusers.utils import logging
@@ -118,6 +122,80 @@ def test_d8_the_pipeline_tells_caches_where_it_is(loaded, sampler, monkeypatch):
     assert seen[2:] == [(("cond_uncond",), {})] * 2
 
 
+@pytest.fixture
+def cached(loaded, quiet):
+    """cached(pipeline class, cache): a pipeline whose transformer, one of its own, has this cache on."""
+
+    def made(cls, config):
+        pipe = cls(**loaded(cls).components)
+        weights = pipe.transformer.state_dict()
+        pipe.transformer = type(pipe.transformer).from_config(pipe.transformer.config).eval()
+        pipe.transformer.load_state_dict(weights)
+        pipe.transformer.enable_cache(config)
+        return pipe
+
+    return made
+
+
+def test_d9_magcache_counts_the_steps_of_the_loop(cached, capsys):
+    """It starts anew after `num_inference_steps`, 28 by default, whatever the length of the loop."""
+    with pytest.raises(ValueError, match="`mag_ratios` must be provided"):
+        MagCacheConfig()
+    options = {"num_inference_steps": 6, "output_type": "latent"}
+    call(cached(CogVideoXPipeline, MagCacheConfig(calibrate=True, num_inference_steps=6)), **options)
+    ratios = json.loads(re.search(r"\[[\d., ]+\]", capsys.readouterr().out)[0])
+    assert len(ratios) == 6
+    runs = {}
+    for cls, counted in ((CogVideoXPipeline, 6), (StockPipeline, 6), (StockPipeline, 3)):
+        pipe = cached(cls, MagCacheConfig(mag_ratios=ratios, num_inference_steps=counted, threshold=10.0))
+        runs[cls, counted] = count_runs(pipe.transformer)
+        call(pipe, **options)
+    # A fifth of the steps at the start, then one after three that were skipped; or that of three steps, twice.
+    assert [len(run) for run in runs.values()] == [2, 2, 2]
+    ours = cached(CogVideoXPipeline, MagCacheConfig(mag_ratios=ratios, num_inference_steps=3))
+    with pytest.raises(ValueError, match=r"num_inference_steps=3\) does not fit a loop of 6 steps, .* with num_inference_steps=6"):
+        call(ours, **options)
+    ours = cached(CogVideoXPipeline, MagCacheConfig(mag_ratios=ratios, num_inference_steps=6))
+    with pytest.raises(ValueError, match="MagCache counts guided and unguided steps apart"):
+        call(ours, guidance_interval=(0, 0.5), **options)
+
+
+def test_d10_calls_outside_a_pipeline_name_their_kind():
+    """The same in both: calls with and without a prompt that shared a state would skip each other's steps."""
+    for model in tiny_twins("5b"):
+        kwargs, runs = inputs(model), count_runs(model)
+        model.enable_cache(FirstBlockCacheConfig(threshold=0.5))
+        with pytest.raises(ValueError, match=r"Wrap the denoiser call in `model\.cache_context"):
+            forward(model, kwargs)
+        for name in ("cond", "uncond", "cond"):
+            with model.cache_context(name):
+                forward(model, kwargs)
+        assert len(runs) == 2
+
+
+def test_d11_each_half_of_the_guidance_decides_for_itself(cached):
+    """The unconditional text changes at every step, so that its half has more to compute; in one batch, both do as one."""
+    runs = {}
+    for cls, options in ((CogVideoXPipeline, {"sequential_guidance": True}), (CogVideoXPipeline, {}), (StockPipeline, {})):
+        pipe = cached(cls, FirstBlockCacheConfig(threshold=1.0))
+        names, computed = [], []
+        enter = pipe.transformer.cache_context
+        pipe.transformer.cache_context = lambda name, enter=enter, names=names, **where: names.append(name) or enter(name, **where)
+        pipe.transformer.transformer_blocks[-1].ff.register_forward_hook(lambda *_, n=names, c=computed: c.append(n[-1]))
+
+        def louder(_pipe, index, _timestep, tensors):
+            unconditional, conditional = tensors["prompt_embeds"].chunk(2)
+            noise = torch.randn(unconditional.shape, generator=torch.Generator().manual_seed(index))
+            return {"prompt_embeds": torch.cat([30 * noise, conditional])}
+
+        watched = {"callback_on_step_end": louder, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+        call(pipe, guidance_scale=1 + 1e-9, num_inference_steps=8, output_type="latent", **watched, **options)
+        runs[cls, len(options)] = dict(Counter(computed))
+    apart, together, stock = runs.values()
+    assert set(apart) == {"cond", "uncond"} and apart["cond"] < apart["uncond"] < 8
+    assert together == stock and set(stock) == {"cond_uncond"}
+
+
 def test_d12_layers_skip_their_attention():
     config = LayerSkipConfig([0], fqn="transformer_blocks", skip_attention=True, skip_ff=False)
     ours, stock = tiny_twins("5b")
@@ -126,6 +204,27 @@ def test_d12_layers_skip_their_attention():
         forward(stock, inputs(stock))
     apply_layer_skip(ours, config)
     assert forward(ours, inputs(ours)).isfinite().all()
+
+
+@pytest.mark.parametrize("how", [{"offload_type": "leaf_level"}, {"offload_type": "block_level", "num_blocks_per_group": 1}])
+def test_d34_norms_and_the_tables_of_offloading_and_casting(how):
+    """diffusers' tables know no norms, because its CogVideoX calls each of them twice; both ways work in both."""
+    calls = []
+    for model in tiny_twins("5b"):
+        kwargs = inputs(model)
+        exact = forward(model, kwargs)
+        model.enable_group_offload(onload_device=torch.device("cpu"), **how)
+        torch.testing.assert_close(forward(model, kwargs), exact, rtol=0, atol=0)
+        counted = []
+        model.transformer_blocks[0].norm1.norm.register_forward_hook(lambda *_, c=counted: c.append(1))
+        forward(model, kwargs)
+        calls.append(len(counted))
+    assert calls[1] == 2
+    ours, stock = tiny_twins("5b")
+    for model in (ours, stock):
+        model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    kept = [{name for name, tensor in model.named_parameters() if tensor.dtype == torch.float32} for model in (ours, stock)]
+    assert kept[0] == kept[1] and "transformer_blocks.0.norm1.norm.weight" in kept[0]
 
 
 def test_d33_fused_projections():

@@ -116,6 +116,15 @@ def test_v8_frame_counts_of_the_vae_itself(pair, frames, latents, decoded):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("latents", [1, 4, 7])
+def test_v10_decoding_piece_by_piece(pair, latents):
+    ours, stock = pair
+    z = torch.randn(1, 4, latents, 2, 3)
+    assert torch.equal(torch.cat(list(ours.decode_stream(z)), dim=2), ours.decode(z).sample)
+    assert not hasattr(stock, "decode_stream")
+
+
+@torch.no_grad()
 def test_v11_tiling_for_one_direction(pair):
     """With diffusers, tiling for the sake of decoding changes encoding too."""
     ours, stock = pair

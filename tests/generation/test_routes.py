@@ -52,6 +52,19 @@ def test_the_other_tasks(variant, files, pipeline):
 
 
 @pytest.mark.parametrize(
+    ("named", "taken", "refused"),
+    [("CogVideoXImageToVideoPipeline", "image", "control"), ("CogVideoXFunControlPipeline", "control", "image")],
+)
+def test_the_folder_says_which_of_two_tasks_a_model_has(named, taken, refused):
+    """Image and control models of one size have one config."""
+    config = TINY_TRANSFORMERS["fun-control"]
+    assert choose_pipeline(config, "X", (taken,), named).__name__ == named
+    with pytest.raises(ValueError, match=f"--{refused} needs .*; X is an? [^,]* model, which takes --{taken}"):
+        choose_pipeline(config, "X", (refused,), named)
+    assert {choose_pipeline(config, "X", (file,), "CogVideoXPipeline").__name__ for file in (taken, refused)} > {named}
+
+
+@pytest.mark.parametrize(
     ("variant", "files", "message"),
     [
         ("5b", ("image",), r"--image needs an image-to-video model .*CogVideoX-5b-I2V\) or a Fun InP model .*; X is a text"),

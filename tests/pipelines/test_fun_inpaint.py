@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from diffusers_cogvideox import CogVideoXFunInpaintPipeline, ContextWindows
-from diffusers_cogvideox.pipelines.fun_mask import kept_latents, load_mask
+from diffusers_cogvideox.models.layout import kept_latents
+from diffusers_cogvideox.pipelines.fun_mask import load_mask
 from parity import StockVAE
 from pictures import clip, images, picture
 from tiny_pipeline import call

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import LayerSkipConfig
+from diffusers import ClassifierFreeGuidance, LayerSkipConfig, PerturbedAttentionGuidance
 from diffusers.callbacks import SDCFGCutoffCallback
 from diffusers.hooks import HookRegistry, apply_layer_skip
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
@@ -244,3 +244,35 @@ def test_scores_need_the_native_backend(folders, monkeypatch, everywhere):
     for block in pipe.transformer.transformer_blocks:
         block.attn1.processor._attention_backend = AttentionBackendName._NATIVE_MATH
     call(pipe, **scores)
+
+
+# --- guiders of diffusers ---------------------------------------------------------------------------------------------
+
+
+def test_a_guider_that_stops_leaves_passes_out(pipe, passes):
+    stopped = call(pipe, guider=ClassifierFreeGuidance(guidance_scale=6.0, stop=0.5))
+    assert passes == [1] * 6
+    torch.testing.assert_close(stopped, call(pipe, guidance_interval=(0.0, 0.5)), atol=1e-4, rtol=0)
+
+
+def test_a_guider_leaves_no_hooks_behind(pipe):
+    before = call(pipe)
+    guider = PerturbedAttentionGuidance(
+        guidance_scale=6.0, perturbed_guidance_layers=[0], perturbed_guidance_start=0.0, perturbed_guidance_stop=1.0
+    )
+    assert (call(pipe, guider=guider) - before).abs().max() > 1e-2
+    torch.testing.assert_close(call(pipe), before, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"guider": "cfg"}, TypeError, "guider='cfg' is not possible: pass one of diffusers' guiders"),
+        ({"guidance_scale": 3.0}, ValueError, r"guidance_scale cannot be combined with a guider \(ClassifierFreeGuidance\)"),
+        ({"use_dynamic_cfg": True, "sequential_guidance": True}, ValueError, "use_dynamic_cfg, sequential_guidance cannot be combined"),
+        ({"skip_layers": SkipLayers([0])}, ValueError, "skip_layers cannot be combined"),
+    ],
+)
+def test_a_guider_decides_alone(pipe, options, error, message):
+    with pytest.raises(error, match=message):
+        call(pipe, **{"guider": ClassifierFreeGuidance(), **options})

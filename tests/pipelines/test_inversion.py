@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 
-from diffusers_cogvideox import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXImageToVideoPipeline, CogVideoXPipeline
+from diffusers_cogvideox import (
+    CogVideoXDDIMScheduler,
+    CogVideoXDPMScheduler,
+    CogVideoXImageToVideoPipeline,
+    CogVideoXPipeline,
+    ContextWindows,
+)
 from diffusers_cogvideox.pipelines.inversion import InverseStepper, invertible_timesteps
 from diffusers_cogvideox.presets import PRESETS
 from diffusers_cogvideox.video_io import read_video
@@ -122,6 +128,24 @@ def test_a_video_comes_back(text_pipe):
     assert (again - latents.transpose(1, 2)).square().mean().sqrt() < 0.02
 
 
+def test_a_long_video_in_windows_comes_back(text_pipe):
+    """17 frames in windows of 9, in which the middle latent frame has two predictions."""
+    pipe, clean = text_pipe(), torch.randn(1, 5, 4, 4, 6, generator=torch.Generator().manual_seed(1))
+    windows = {"context": ContextWindows(frames=9, overlap=0, schedule="static")}
+    found = invert(pipe, latents=clean, iterations=10, num_inference_steps=20, **windows)
+    again = {"latents": found.latents, "timesteps": found.timesteps, "guidance_scale": 1.0, "output_type": "latent", "num_frames": 17}
+    errors = [(call(pipe, prompt=PROMPT, **again, **given) - clean).square().mean().sqrt() for given in (windows, {})]
+    assert errors[0] < 1e-3 and errors[1] > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"), [({"schedule": "uniform"}, "use schedule='static'"), ({"shuffle_noise": True}, "no meaning")]
+)
+def test_windows_that_a_way_back_does_not_find(text_pipe, changes, message):
+    with pytest.raises(ValueError, match=message):
+        invert(text_pipe(), latents=torch.zeros(1, 5, 4, 4, 6), context=ContextWindows(frames=9, **{"schedule": "static", **changes}))
+
+
 def test_several_videos_of_any_length_and_size(text_pipe):
     """Padded inside, cropped by the call that follows."""
     pipe, videos = text_pipe("1.5-5b"), torch.rand(2, 12, 3, 40, 50)
@@ -173,7 +197,7 @@ def test_models_that_read_an_image_are_refused(loaded):
         invert(pipe, latents=torch.zeros(1, 3, 4, 4, 6))
 
 
-@pytest.mark.parametrize("option", ["eta", "generator", "num_frames", "context", "use_dynamic_cfg"])
+@pytest.mark.parametrize("option", ["eta", "generator", "num_frames", "guider", "use_dynamic_cfg"])
 def test_arguments_without_meaning_do_not_exist(text_pipe, option):
     with pytest.raises(TypeError, match=option):
         invert(text_pipe(), latents=torch.zeros(1, 3, 4, 4, 6), **{option: 1})

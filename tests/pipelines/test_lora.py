@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 
 import diffusers_cogvideox.pipelines.lora_files as lora_files
 from diffusers_cogvideox import CogVideoXPipeline, CogVideoXTransformer3DModel
+from diffusers_cogvideox.generation.lora_info import describe_lora, is_lora_place
+from diffusers_cogvideox.generation.sources import read_loras
 from diffusers_cogvideox.pipelines.lora_files import find_lora_file, open_lora
 from lora_cases import SPELLINGS, delta, factors, spelled
 from parity import TINY_TRANSFORMERS, StockPipeline, StockTransformer, randomize
@@ -334,6 +336,49 @@ def test_repositories_that_are_not_there(monkeypatch):
     monkeypatch.setattr(lora_files, "hf_hub_download", refuse)
     with pytest.raises(FileNotFoundError, match="no such repository"):
         open_lora("owner/na me", weight_name="a.safetensors")
+
+
+@pytest.fixture
+def cached(monkeypatch, tmp_path):
+    """owner/name in the hub's cache, with links as it makes them; there is no network in these tests."""
+    folder = tmp_path / "hub" / "models--owner--name"
+    snapshot = folder / "snapshots" / ("0" * 40)
+    (snapshot / "sub").mkdir(parents=True)
+    (folder / "blobs").mkdir()
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(snapshot.name)
+    for number, (file, alpha) in enumerate([("adapter_model.safetensors", 3), ("sub/other.safetensors", 5)]):
+        save_file(
+            spelled(LORA, "peft"), folder / "blobs" / str(number), metadata={"lora_config": json.dumps({"r": 4, "lora_alpha": alpha})}
+        )
+        (snapshot / file).symlink_to(folder / "blobs" / str(number))
+    (snapshot / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 2}')
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return snapshot
+
+
+@pytest.mark.parametrize(("text", "file", "alpha"), [("", "adapter_model", 2), ("/sub/other.safetensors", "sub/other", 5)])
+def test_a_repository_without_a_connection(cached, text, file, alpha):
+    path = lora_files.fetch_lora(f"owner/name{text}")
+    assert path == cached / f"{file}.safetensors"
+    (found,) = read_loras((f"owner/name{text}:0.5",))
+    assert (found.file.path, found.scale) == (str(path), 0.5)  # the name, not what the link points to
+    assert {layer.alpha for layer in open_lora(found.file.path).layers.values()} == {alpha}
+    found.file.check()
+    if text:
+        assert is_lora_place(f"owner/name{text}") and describe_lora(f"owner/name{text}")["alphas"] == [alpha]
+
+
+@pytest.mark.parametrize("text", ["owner/else", "owner/name/no.safetensors", "owner/na me", "owner/name/sub/no.safetensors"])
+def test_what_is_not_in_the_cache_either(cached, text):
+    with pytest.raises(FileNotFoundError, match=r"there is no file or folder 'owner/.*', and no such repository or file on the hub or in"):
+        lora_files.fetch_lora(text)
+
+
+@pytest.mark.parametrize("text", ["no.safetensors", "folder/no.safetensors", "./a/b", "/a/b/c", "../a/b"])
+def test_files_that_are_no_repositories(cached, text):
+    with pytest.raises(FileNotFoundError, match=rf"there is no file .*{Path(text).name}\.$"):
+        read_loras((text,))
 
 
 # --- mistakes -----------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 
 from diffusers_cogvideox import CogVideoXImageToVideoPipeline, CogVideoXPipeline
 from diffusers_cogvideox.cli import main
@@ -25,9 +26,10 @@ def test_recipes_make_a_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[s
     train("transformer_images", tmp_path / "pictures", *parts)
     train("transformer", tmp_path / "transformer", *parts, "--init_from", str(tmp_path / "pictures" / "final"))
     assert "curves.png" in capsys.readouterr().out
-    train("image_to_video", tmp_path / "image", *parts, "--init_from", str(tmp_path / "transformer" / "final"))
+    for name in ("image_to_video", "inpaint"):
+        train(name, tmp_path / name, *parts, "--init_from", str(tmp_path / "transformer" / "final"))
 
-    text, image = (tmp_path / name / "pipeline" for name in ("transformer", "image"))
+    text, image, ends = (tmp_path / name / "pipeline" for name in ("transformer", "image_to_video", "inpaint"))
     shipped = [file for folder in (text, image / "transformer") for file in folder.rglob("*")]
     assert sum(file.stat().st_size for file in shipped) < 24 * 2**20
     call = {"prompt": "a red circle moves right", "num_frames": 9, "num_inference_steps": 1, "output_type": "pt"}
@@ -35,9 +37,11 @@ def test_recipes_make_a_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[s
     for frames in (
         CogVideoXPipeline.from_pretrained(text)(**call).frames,
         CogVideoXImageToVideoPipeline.from_pretrained(image)(image=shown, **call).frames,
+        DiffusionPipeline.from_pretrained(ends)(image=shown, last_image=shown, **call).frames,
     ):
         assert frames.shape == (1, 9, 3, 64, 64) and torch.isfinite(frames).all()
 
 
 def test_every_recipe_is_trained_here() -> None:
-    assert {path.stem for path in RECIPES.glob("*.yaml")} == {"vae", "text_encoder", "transformer_images", "transformer", "image_to_video"}
+    trained = {"vae", "text_encoder", "transformer_images", "transformer", "image_to_video", "inpaint"}
+    assert {path.stem for path in RECIPES.glob("*.yaml")} == trained

@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from diffusers_cogvideox import CogVideoXDDIMScheduler, CogVideoXFunInpaintPipeline
 from diffusers_cogvideox.models.autoencoder import AutoencoderKLCogVideoX
 from diffusers_cogvideox.models.transformer import CogVideoXTransformer3DModel
 from diffusers_cogvideox.training import transformer as module
@@ -14,7 +16,7 @@ from diffusers_cogvideox.training.curves import plot_curves
 from diffusers_cogvideox.training.latents import latent_statistics
 from diffusers_cogvideox.training.loop import run
 from diffusers_cogvideox.training.transformer import TransformerTask
-from parity import TINY_TRANSFORMERS
+from parity import TINY_TRANSFORMERS, TINY_VAE
 
 TINY_MODEL = TINY_TRANSFORMERS["5b"] | {"sample_height": 4, "sample_width": 4}
 
@@ -81,15 +83,16 @@ def test_image_model_sees_the_first_frame(tmp_path: Path, parts: dict[str, str])
     vae = AutoencoderKLCogVideoX.from_pretrained(parts["vae"])
     with torch.no_grad():
         pictures = vae.encode(video).latent_dist.mode().transpose(1, 2) * vae.config.scaling_factor
-    torch.testing.assert_close(clips.images.float(), pictures, atol=2e-2, rtol=2e-2)
-    assert all(any(torch.equal(shown, picture[0]) for picture in clips.images.float()) for shown in extra[:, 0])
+    torch.testing.assert_close(clips.known["images"].float(), pictures, atol=2e-2, rtol=2e-2)
+    assert all(any(torch.equal(shown, picture[0]) for picture in clips.known["images"].float()) for shown in extra[:, 0])
     assert not TransformerTask(config(tmp_path, parts, model=model, objective={"image_dropout": 1.0})).batch(3)["extra"].any()
 
 
-def test_image_model_starts_as_the_text_model_that_it_comes_from(tmp_path: Path, parts: dict[str, str]) -> None:
+@pytest.mark.parametrize("channels", [8, 9])
+def test_wider_model_starts_as_the_text_model_that_it_comes_from(channels: int, tmp_path: Path, parts: dict[str, str]) -> None:
     settings = config(tmp_path / "text", parts)
     final = run(settings, TransformerTask(settings))
-    task = TransformerTask(config(tmp_path / "image", parts, init_from=str(final), model=TINY_MODEL | {"in_channels": 8}))
+    task = TransformerTask(config(tmp_path / "image", parts, init_from=str(final), model=TINY_MODEL | {"in_channels": channels}))
     text_model, batch = CogVideoXTransformer3DModel.from_pretrained(final), task.batch(3)
     text, time, rotary = batch["text"], batch["timesteps"], batch["rotary"]
     with torch.no_grad():
@@ -98,9 +101,70 @@ def test_image_model_starts_as_the_text_model_that_it_comes_from(tmp_path: Path,
     torch.testing.assert_close(result, expected)
 
 
+# The share of samples with a last image beside the first, the share with nothing, and what the pipeline is then given.
+SHOWN = [(1.0, 0.0, ("image", "last_image")), (0.0, 0.0, ("image",)), (0.5, 1.0, ())]
+
+
+@pytest.mark.parametrize(("last_image", "image_dropout", "given"), SHOWN)
+def test_inpainting_model_sees_what_the_pipeline_shows_it(
+    last_image: float, image_dropout: float, given: tuple[str, ...], tmp_path: Path, parts: dict[str, str]
+) -> None:
+    model, chances = TINY_MODEL | {"in_channels": 9}, {"last_image": last_image, "image_dropout": image_dropout}
+    settings = config(tmp_path, parts, model=model, objective=chances, data=DataOptions(height=32, width=32, clips=1))
+    task = TransformerTask(settings)
+    extra = task.batch(3)["extra"][:1]
+
+    vae = AutoencoderKLCogVideoX.from_pretrained(parts["vae"])
+    text = dict.fromkeys(("tokenizer", "text_encoder"))
+    pipe = CogVideoXFunInpaintPipeline(vae=vae, transformer=task.transformer, scheduler=CogVideoXDDIMScheduler(), **text)
+    pipe.set_progress_bar_config(disable=True)
+    seen: list[torch.Tensor] = []
+    task.transformer.register_forward_pre_hook(lambda _, __, kwargs: seen.append(kwargs["hidden_states"]), with_kwargs=True)
+    frames = torch.from_numpy(task.clips[9].world.batch(0, 1)[0][0]).movedim(-1, 1) / 2 + 0.5  # F 3 H W
+    pictures = {name: frames[place] for name, place in {"image": 0, "last_image": -1}.items() if name in given}
+    size = {"height": 32, "width": 32, "num_frames": 9, "num_inference_steps": 1, "guidance_scale": 1, "output_type": "latent"}
+    pipe(prompt_embeds=torch.zeros(1, 7, 24), **pictures, **size)
+    torch.testing.assert_close(extra, seen[0][:, :, 4:], atol=2e-2, rtol=2e-2)  # kept in half precision
+    assert bool(extra.any()) == bool(given)
+
+
+def test_each_sample_is_shown_something_of_its_own(tmp_path: Path, parts: dict[str, str]) -> None:
+    """Nothing, the first frame, or the last one too."""
+    stage, data = Stage(steps=1, batch_size=48, frames=9), DataOptions(height=32, width=32, clips=1)
+    settings = config(tmp_path, parts, model=TINY_MODEL | {"in_channels": 9}, stages=[stage], data=data, objective={"image_dropout": 0.3})
+    task = TransformerTask(settings)
+    known, views = task.batch(0)["extra"][:, :, 1:], [task.clips[9].known[view].float() for view in ("starts", "ends")]
+    assert not torch.equal(*views)
+    kinds = torch.stack([(known == view).flatten(1).all(dim=1) for view in (torch.zeros(()), *views)], dim=1)  # 48 samples, 3 kinds
+    assert (kinds.sum(dim=1) == 1).all()
+    assert (kinds.sum(dim=0) >= 8).all()
+
+
 def test_other_numbers_of_channels_are_refused(tmp_path: Path, parts: dict[str, str]) -> None:
-    with pytest.raises(ValueError, match="in_channels=9 with out_channels=4 cannot be trained here"):
-        TransformerTask(config(tmp_path, parts, model=TINY_MODEL | {"in_channels": 9}))
+    with pytest.raises(ValueError, match="in_channels=10 with out_channels=4 cannot be trained here"):
+        TransformerTask(config(tmp_path, parts, model=TINY_MODEL | {"in_channels": 10}))
+
+
+@pytest.mark.parametrize(("channels", "option"), [(4, "image_dropout"), (8, "last_image")])
+def test_options_of_other_models_are_refused(channels: int, option: str, tmp_path: Path, parts: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match=f"objective has no key {option}"):
+        TransformerTask(config(tmp_path, parts, model=TINY_MODEL | {"in_channels": channels}, objective={option: 0.1}))
+
+
+def test_latents_of_other_clips_are_not_reused(tmp_path: Path, parts: dict[str, str]) -> None:
+    TransformerTask(config(tmp_path, parts))
+    for data, changed in (({"seed": 1, "clips": 4}, r"data\.seed \(0, now 1\)"), ({"clips": 3}, r"data\.clips \(4, now 3\)")):
+        with pytest.raises(ValueError, match=rf"latents_1\.safetensors holds clips .* other settings: {changed}\. Delete it"):
+            TransformerTask(config(tmp_path, parts, data=DataOptions(height=32, width=32, **data)))
+    AutoencoderKLCogVideoX(**TINY_VAE).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"the weights of the vae \(\w{16}, now \w{16}\)"):
+        TransformerTask(config(tmp_path, parts | {"vae": str(tmp_path / "other")}))
+
+
+def test_latents_that_do_not_say_what_they_are(tmp_path: Path, parts: dict[str, str]) -> None:
+    save_file({"latents": torch.zeros(4, 1, 4, 4, 4)}, tmp_path / "latents_1.safetensors")
+    with pytest.raises(ValueError, match=r"latents_1\.safetensors does not say from what its clips were encoded"):
+        TransformerTask(config(tmp_path, parts))
 
 
 def test_latent_statistics() -> None:

@@ -12,13 +12,22 @@ from transformers import T5EncoderModel, T5Tokenizer
 
 from ..models.autoencoder import AutoencoderKLCogVideoX
 from ..models.transformer import CogVideoXTransformer3DModel
+from ..pipelines.base import CogVideoXPipelineBase
+from ..pipelines.fun_inpaint import CogVideoXFunInpaintPipeline
 from ..pipelines.image_to_video import CogVideoXImageToVideoPipeline
 from ..pipelines.pipeline import CogVideoXPipeline
 from ..presets import PRESETS
 from ..schedulers.scheduler import CogVideoXDDIMScheduler
-from ..tasks import tasks_of
+from ..tasks import Task, tasks_of
 
 __all__ = ["assemble"]
+
+_PIPELINES: dict[Task, type[CogVideoXPipelineBase]] = {
+    "text": CogVideoXPipeline,
+    "image": CogVideoXImageToVideoPipeline,
+    "inpaint": CogVideoXFunInpaintPipeline,
+}
+"""Of what can be trained here."""
 
 
 def assemble(
@@ -30,7 +39,7 @@ def assemble(
     scheduler: Mapping[str, Any],
     dtype: torch.dtype = torch.float16,
 ) -> Path:
-    """Write a pipeline in the released folder layout to `folder`, and return it: text to video, or image to video for such a transformer.
+    """Write a pipeline in the released folder layout to `folder`, and return it: that of the task that the transformer was made for.
 
     Args:
         folder: where to write; weights are stored in `dtype`.
@@ -41,8 +50,8 @@ def assemble(
         dtype: of the stored weights.
     """
     model = _loaded(transformer)
-    pipeline = CogVideoXImageToVideoPipeline if "image" in tasks_of(model.config) else CogVideoXPipeline
-    pipe = pipeline(
+    tasks = tasks_of(model.config)
+    pipe = next(pipeline for task, pipeline in _PIPELINES.items() if task in tasks)(
         tokenizer=T5Tokenizer.from_pretrained(text_encoder),
         text_encoder=T5EncoderModel.from_pretrained(text_encoder),
         vae=AutoencoderKLCogVideoX.from_pretrained(vae),

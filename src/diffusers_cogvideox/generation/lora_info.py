@@ -10,27 +10,27 @@ from typing import Any
 
 from ..checkpoints.layers import fitting_presets
 from ..pipelines.folder import INDEX
-from ..pipelines.lora_files import has_lora_file, open_lora
+from ..pipelines.lora_files import WEIGHTS, fetch_lora, has_lora_file, open_lora
 from .model_folder import source_of
 
 __all__ = ["describe_lora", "is_lora_place", "lora_as_text"]
 
 
 def is_lora_place(model: str) -> bool:
-    """Whether `model` is a file, or a folder that holds no model but a file that a LoRA is kept in."""
+    """Whether `model` is a file, here or on the hub (owner/name/FILE), or a folder that holds no model but a file of a LoRA."""
     path = Path(source_of(model))
     if path.is_dir():
         return not (path / INDEX).is_file() and not (path / "config.json").is_file() and has_lora_file(path)
-    return path.is_file()
+    return path.is_file() or (model.count("/") > 1 and model.endswith(WEIGHTS))
 
 
 def describe_lora(model: str) -> dict[str, Any]:
     """All facts about a LoRA file, or the folder of one.
 
     Keys: lora (file), layout, ranks, alphas (None when the file does not say), dora, targets (kind of layer -> how many), layers,
-    blocks, parameters, dtypes, fits (names of releases). Raises what `open_lora` raises.
+    blocks, parameters, dtypes, fits (names of releases). Raises what `fetch_lora` and `open_lora` raise.
     """
-    lora = open_lora(model)
+    lora = open_lora(fetch_lora(model))
     layers = lora.layers.values()
     tensors = [tensor for layer in layers for tensor in layer.tensors.values()]
     alphas = {layer.alpha for layer in layers if layer.alpha is not None}

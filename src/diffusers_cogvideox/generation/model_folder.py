@@ -76,7 +76,7 @@ class ModelFolder:
             check_folder(path)
         elif not (path / INDEX).is_file():
             raise FileNotFoundError(
-                f"the repository {model} holds no {INDEX}, so it is not a pipeline. Of a LoRA, give the downloaded file."
+                f"the repository {model} holds no {INDEX}, so it is not a pipeline. Of a LoRA, name the file: {model}/FILE.safetensors."
             )
         files = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
         return cls(path, {name: read_json(path / name / files.get(name, "config.json")) for name in component_names(path)}, revision, title)

@@ -135,7 +135,7 @@ def _check_unchanged(job: Job, name: str) -> None:
         lora.file.check()
     job.sources.check()
     check_settings(settings, folder)
-    pipeline = choose_pipeline(folder.configs["transformer"], folder.name, job.sources.names).__name__
+    pipeline = choose_pipeline(folder.configs["transformer"], folder.name, job.sources.names, folder.pipeline).__name__
     if settings.pipeline != pipeline:
         raise ValueError(f"{name} names the pipeline {settings.pipeline}, but its model and sources are for {pipeline}.")
 

@@ -46,13 +46,15 @@ _MODELS: dict[Task, str] = {
 }
 
 
-def choose_pipeline(config: Mapping[str, Any], model: str, files: Sequence[str] = ()) -> Pipeline:
+def choose_pipeline(config: Mapping[str, Any], model: str, files: Sequence[str] = (), named: str | None = None) -> Pipeline:
     """The pipeline for the `files` (one of `options.COMBINATIONS`) and a transformer with this config.json.
+
+    `named` is the pipeline that the model's folder names; it counts where the config fits two tasks.
 
     Raises:
         ValueError: when the model, called `model`, was not trained for that; the message names what is needed.
     """
-    tasks, row = tasks_of(config), ROUTES[tuple(files)]
+    tasks, row = tasks_of(config, named), ROUTES[tuple(files)]
     fitting = [row[task] for task in sorted(tasks) if task in row]
     if fitting:
         return fitting[0]

@@ -86,7 +86,7 @@ def choose_settings(options: SamplingOptions, model: str | ModelFolder, files: S
     """
     folder = model if isinstance(model, ModelFolder) else ModelFolder.open(model)
     _check_whole(folder)
-    pipeline = choose_pipeline(folder.configs["transformer"], folder.name, files)
+    pipeline = choose_pipeline(folder.configs["transformer"], folder.name, files, folder.pipeline)
     device = check_device(options.device)
     flags = {"sampler": options.sampler, "num_inference_steps": options.steps, "guidance_scale": options.guidance_scale} | chosen
     values: dict[str, Any] = asdict(folder.recommended) | {name: value for name, value in flags.items() if value is not None}

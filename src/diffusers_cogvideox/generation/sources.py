@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..options import FILES, InputOptions
-from ..pipelines.lora_files import find_lora_file
+from ..pipelines.lora_files import fetch_lora
 from ..video_io import is_picture, probe_image, probe_video
 from .routes import ARGUMENTS
 
@@ -34,7 +35,7 @@ class SourceFile:
     @classmethod
     def of(cls, path: str | Path) -> SourceFile:
         """The file as it is now. Raises FileNotFoundError when it is not there."""
-        file = Path(path).resolve()
+        file = Path(os.path.abspath(path))  # noqa: PTH100 - links stay: in the hub's cache they bear the name of what they point to
         if not file.is_file():
             raise FileNotFoundError(f"there is no file {path}.")
         status = file.stat()
@@ -145,15 +146,14 @@ class LoraFile:
 
 
 def read_loras(texts: tuple[str, ...]) -> tuple[LoraFile, ...]:
-    """The files behind "FILE" or "FILE:SCALE"; in place of the file may stand its folder.
+    """The files behind "FILE" or "FILE:SCALE"; in place of the file may stand its folder, or its place on the hub (`fetch_lora`).
 
     Raises FileNotFoundError, and ValueError for a file that is named twice.
     """
     loras = []
     for text in texts:
         path, scale = _split_scale(text)
-        file = find_lora_file(Path(path)) if path and Path(path).is_dir() else path
-        loras.append(LoraFile(file=SourceFile.of(file), scale=scale))
+        loras.append(LoraFile(file=SourceFile.of(fetch_lora(path)), scale=scale))
     twice = {lora.file.path for lora in loras if [other.file for other in loras].count(lora.file) > 1}
     if twice:
         raise ValueError(f"--lora {min(twice)} is given twice: give it once, with the strength that you want.")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from diffusers.hooks import SeaCacheConfig
+from diffusers.hooks import MagCacheConfig, SeaCacheConfig
 from diffusers.models.cache_utils import CacheMixin
 from torch import Tensor
 
-__all__ = ["CheckedCacheMixin", "noisy_latents"]
+__all__ = ["CheckedCacheMixin", "check_cached_loop", "noisy_latents"]
 
 
 class CheckedCacheMixin(CacheMixin):
@@ -46,3 +46,31 @@ def noisy_latents(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     latents = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     channels = model.config.out_channels or model.config.in_channels
     return list(latents[:, :, :channels].transpose(1, 2))
+
+
+def check_cached_loop(model: Any, steps: int, *, windows: bool = False, halved: bool = False) -> None:
+    """Check that the feature cache of a transformer, if one is on, can do a denoise loop.
+
+    Args:
+        model: the transformer, ours or diffusers'.
+        steps: length of the loop.
+        windows: whether the video is predicted in context windows.
+        halved: whether the loop is guided in some of its steps only.
+
+    Raises:
+        ValueError: for windows, which the cache would mix up, and where MagCache, which counts calls, would count wrongly.
+    """
+    config = getattr(model, "_cache_config", None)
+    if config is None:
+        return
+    if windows:
+        raise ValueError("A feature cache would mix up the context windows of a video: call pipe.transformer.disable_cache() first.")
+    if not isinstance(config, MagCacheConfig):
+        return
+    if config.num_inference_steps != steps:
+        raise ValueError(
+            f"MagCacheConfig(num_inference_steps={config.num_inference_steps}) does not fit a loop of {steps} steps, by which it counts: "
+            f"call disable_cache(), then enable_cache with num_inference_steps={steps}."
+        )
+    if halved:
+        raise ValueError("MagCache counts guided and unguided steps apart, and guidance_interval has both: leave one of the two out.")

@@ -11,6 +11,7 @@ import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
+from .guiders import BaseGuidance
 from .journal import Journal
 from .request import Request
 from .skip_layers import SkipLayers
@@ -51,13 +52,12 @@ def shared_arguments(
     context: ContextWindows | None = None,
     riflex: bool = False,
     journal: Journal | None = None,
+    guider: BaseGuidance | None = None,
 ) -> None:
     """Of every task:
 
-    prompt: one text or a list of B texts.
-    negative_prompt: what to steer away from, one text for all or one for each prompt; "" by default.
-    height, width: pixels; by default the size that the model was trained for. Multiples of 16 are made as they are, other sizes
-        are cropped from the next larger one.
+    prompt, negative_prompt: one text or a list of B; what to steer away from, one for all or one for each prompt, "" by default.
+    height, width: pixels; by default as trained. Multiples of 16 are made as they are, others are cropped from the next larger size.
     num_frames: any number; by default as trained. 8k + 1 frames are made as they are, other numbers are cut from the next larger one.
     num_inference_steps, timesteps: number of steps, or own falling timesteps for schedulers that take them.
     guidance_scale: w in u + w (c - u); 1 or less predicts once per step, without guidance.
@@ -69,8 +69,8 @@ def shared_arguments(
     prompt_embeds, negative_prompt_embeds: embeddings (B, L, D_text) in place of text.
     output_type, return_dict: "pil", "np", "pt", "latent" or "stream" (see `CogVideoXPipelineOutput`); False for a tuple in its place.
     attention_kwargs: handed to the attention processors; `{"scale": s}` scales a LoRA.
-    callback_on_step_end: f(pipe, step, timestep, tensors) after each step; what it returns replaces the tensors.
-    callback_on_step_end_tensor_inputs: which to show it: "latents" (default), "prompt_embeds", "negative_prompt_embeds".
+    callback_on_step_end: f(pipe, step, timestep, tensors) after each step; what it returns replaces the tensors. It is shown the
+        callback_on_step_end_tensor_inputs, some of "latents" (default), "prompt_embeds", "negative_prompt_embeds".
     max_sequence_length: text tokens; by default as many as the model was trained with.
     sequential_guidance: predict the two halves one after the other: half the activation memory, no faster.
     zero_unconditional: zeros for the unconditional half, as in the original code, in place of the embedding of "".
@@ -79,6 +79,7 @@ def shared_arguments(
     context: `ContextWindows(frames=...)` predicts a long video in windows of so many frames that fade into each other.
     riflex: lower the frequency that makes videos of twice the trained length or more repeat themselves (without windows).
     journal: saves the state of the loop every few steps, and goes on from it in a later call.
+    guider: one of diffusers' guiders, such as `AdaptiveProjectedGuidance()`, in place of all guidance options above.
 
     Raises ValueError or TypeError, before anything runs, for what cannot be had. Errors while decoding carry `latents`: `decode_frames`.
     """

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..models.feature_cache import check_cached_loop
 from ..models.rope import Rotary, rope_for
 from ..runtime.health import run_checked
 from .conditioning import Condition
 from .guidance import dynamic_rule, guidance_at, guide, guide_away, steps_inside
+from .guiders import BaseGuidance, steer
 from .request import Request
 from .sampling import Stepper, flow_level, make_stepper
 from .skip_layers import SkipLayers
@@ -81,7 +84,7 @@ def denoise(
 class Predictor:
     """Velocity of latents under guidance, from one transformer with everything that stays the same during a loop.
 
-    With `windows`, the transformer sees one window of the video at a time. `skip` is done in `skip_steps`.
+    With `windows`, the transformer sees one window of the video at a time. `skip` is done in `skip_steps`. A `guider` does all guidance.
     """
 
     transformer: Any
@@ -92,6 +95,7 @@ class Predictor:
     windows: Windows | None = None
     skip: SkipLayers | None = None
     skip_steps: range = range(0)
+    guider: BaseGuidance | None = None
 
     @classmethod
     def of(cls, pipe: Any, condition: Condition, request: Request, steps: int) -> Predictor:
@@ -103,8 +107,8 @@ class Predictor:
         transformer, latents, skip = pipe.transformer, condition.latents, request.skip_layers
         _, frames, _, height, width = latents.shape
         windows = request.context.over(frames, pipe.geometry, condition.anchors) if request.context else None
-        if windows and getattr(transformer, "is_cache_enabled", False):
-            raise ValueError("A feature cache would mix up the context windows of a video: call pipe.transformer.disable_cache() first.")
+        halved = request.guided and steps_inside(request.guidance_interval, steps, "guidance_interval") != range(steps)
+        check_cached_loop(transformer, steps, windows=windows is not None, halved=halved)
         options: dict[str, Any] = {"attention_kwargs": request.attention_kwargs}
         if condition.ofs is not None:
             options["ofs"] = latents.new_full((1,), condition.ofs)
@@ -119,6 +123,7 @@ class Predictor:
             sequential=request.sequential_guidance,
             windows=windows,
             skip=skip,
+            guider=request.guider,
             skip_steps=steps_inside(skip.interval, steps, "the interval of skip_layers") if skip else range(0),
         )
 
@@ -164,26 +169,28 @@ class Predictor:
         if scale is None:
             # In a loop that is guided elsewhere, these passes are half as large: caching hooks must not mix them with the others.
             name = "cond" if len(embeds) > batch else "cond_uncond"
-            conditional = prediction = self._velocity(x, embeds[-batch:], timestep, name, place)
+            conditional = prediction = self._velocity(x, embeds[-batch:], name, timestep, place)
+        elif self.guider is not None:
+            return steer(self.guider, self.transformer, embeds, timestep, place, partial(self._velocity, x, timestep=timestep, place=place))
         else:
             unconditional, conditional = self._halves(x, embeds, timestep, place)
             prediction = guide(unconditional, conditional, scale)
         if self.skip is None or place["step_index"] not in self.skip_steps:
             return prediction
         with self.skip.left_out(self.transformer):
-            worse = self._velocity(x, embeds[-batch:], timestep, "cond_skip", place)
+            worse = self._velocity(x, embeds[-batch:], "cond_skip", timestep, place)
         return guide_away(prediction, conditional, worse, self.skip.scale)
 
     def _halves(self, x: Tensor, embeds: Tensor, timestep: Tensor, place: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Velocities without and with the prompt, (B, F, C, H, W) each, in one pass or one after the other."""
         if not self.sequential:
-            unconditional, conditional = self._velocity(torch.cat([x, x]), embeds, timestep, "cond_uncond", place).chunk(2)
+            unconditional, conditional = self._velocity(torch.cat([x, x]), embeds, "cond_uncond", timestep, place).chunk(2)
             return unconditional, conditional
         halves = zip(embeds.chunk(2), ("uncond", "cond"), strict=True)
-        unconditional, conditional = (self._velocity(x, half, timestep, name, place) for half, name in halves)
+        unconditional, conditional = (self._velocity(x, half, name, timestep, place) for half, name in halves)
         return unconditional, conditional
 
-    def _velocity(self, x: Tensor, embeds: Tensor, timestep: Tensor, name: str, place: dict[str, Any]) -> Tensor:
+    def _velocity(self, x: Tensor, embeds: Tensor, name: str, timestep: Tensor, place: dict[str, Any]) -> Tensor:
         def call() -> Tensor:
             return self.transformer(
                 hidden_states=x,

@@ -9,6 +9,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from ..models.layout import BLACK, inpaint_channels, kept_latents, masked
 from ..tasks import check_task
 from .base import CogVideoXPipelineBase
 from .call import task_call
@@ -16,7 +17,7 @@ from .conditioning import Condition
 from .encoding import broadcast, check_noise, check_sources, encode_sources, encode_video
 from .framing import pad_video
 from .fun_condition import fun_condition, lasting
-from .fun_mask import BLACK, frames_between, kept_latents, load_mask, masked, window_anchors
+from .fun_mask import frames_between, load_mask, window_anchors
 from .inputs import Fit, load_image, load_video
 from .output import CogVideoXPipelineOutput
 from .request import Request
@@ -31,7 +32,7 @@ class CogVideoXFunInpaintPipeline(CogVideoXPipelineBase):
     """Image to video, interpolation and inpainting: loads CogVideoX-Fun InP, and models of 2C + 1 input channels like them.
 
     The extra channels are the mask, at the size of the latents, and the latents of the masked video, the mean of the VAE's
-    posterior; `fun_mask` says how they are made. Without pictures or video this is text to video.
+    posterior; `models.layout` says how they are made. Without pictures or video this is text to video.
     """
 
     @task_call(without=("num_frames",), num_frames="width")
@@ -120,10 +121,10 @@ class CogVideoXFunInpaintPipeline(CogVideoXPipelineBase):
         if not (mask < 0.5).any():
             return latents.new_zeros(batch, frames, 1 + channels, *size)
         clip, mask = (pad_video(part, self.geometry, whole_patches=True).to(latents.device) for part in (clip, mask))
-        anything_kept = (mask < 0.5).flatten(1).any(dim=1).to(latents)[:, None, None, None, None]
-        kept = broadcast(kept_latents(mask, frames, *size) * anything_kept, request, name="mask_video").to(latents)
-        known = self._encode_known(masked(clip, mask), request, noise).to(latents) * broadcast(anything_kept, request, name="mask_video")
-        return torch.cat([kept, known], dim=2) * self.vae_scaling_factor_image
+        shown = broadcast((mask < 0.5).flatten(1).any(dim=1).to(latents)[:, None, None, None, None], request, name="mask_video")
+        kept = broadcast(kept_latents(mask, frames, *size), request, name="mask_video").to(latents)
+        known = self._encode_known(masked(clip, mask), request, noise).to(latents) * self.vae_scaling_factor_image
+        return inpaint_channels(kept, known, shown, self.vae_scaling_factor_image)
 
     def _encode_known(self, pixels: Tensor, request: Request, noise: float) -> Tensor:
         """Unscaled latents (B, f, C, h, w) of masked videos (1 or prompts, 3, F, H, W), with noise on all that is not black."""

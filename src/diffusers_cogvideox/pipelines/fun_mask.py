@@ -1,10 +1,4 @@
-"""The mask of the CogVideoX-Fun inpainting models: what is kept, what is to be made, and how both reach the transformer.
-
-All conventions are those of VideoX-Fun's sampling code (`pipeline_cogvideox_fun_inpaint.py`) and of its training code, which
-agree. In pixels a mask is 1 where something is to be made, 0 where the video is kept; pixels to be made are black. To the
-transformer the mask is shown the other way round, 1 where the video is kept, and multiplied with the VAE's scaling factor like
-the latents beside it. Where a whole video is to be made, mask and latents are both zero.
-"""
+"""The mask of the CogVideoX-Fun inpainting models, as a user gives it: what is kept, what is to be made (`models.layout` has the rest)."""
 
 from __future__ import annotations
 
@@ -14,16 +8,13 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ..models.layout import BLACK, frames_mask
 from ..video_io import is_picture
 from .inputs import Fit, load_image, load_video
 
-__all__ = ["BLACK", "frames_between", "kept_latents", "load_mask", "masked", "window_anchors"]
-
-BLACK = -1.0
-"""Value of pixels that are to be made."""
+__all__ = ["frames_between", "load_mask", "window_anchors"]
 
 
 def load_mask(source: Any, height: int, width: int, frames: int, fit: Fit = "stretch") -> Tensor:
@@ -76,31 +67,9 @@ def frames_between(first: Tensor | None, last: Tensor | None, frames: int, heigh
     if len(counts) > 1:
         raise ValueError(f"image and last_image: {len(first)} and {len(last)} were passed. Pass as many of both, or one.")  # type: ignore[arg-type]
     video = torch.full((max(counts, default=1), 3, frames, height, width), BLACK)
-    mask = torch.ones(1, 1, frames, height, width)
     for place, picture in given.items():
-        video[:, :, place], mask[:, :, place] = picture, 0
-    return video, mask
-
-
-def masked(video: Tensor, mask: Tensor) -> Tensor:
-    """`video` (B, 3, F, H, W) with black in place of what `mask` (B, 1, F, H, W) says is to be made; either B may be 1."""
-    return torch.where(mask > 0.5, BLACK, video)
-
-
-def kept_latents(mask: Tensor, latent_frames: int, height: int, width: int) -> Tensor:
-    """How much of each latent is kept, (B, f, 1, h, w) in [0, 1], for a mask (B, 1, F, H, W) of pixels.
-
-    The first frame, which has a latent frame of its own, is resized alone, and the others together, trilinearly between pixel
-    centres. As in the training code nothing is averaged: of the 4 x 8 x 8 pixels of a latent, the middle 2 x 2 x 2 count.
-
-    Args:
-        mask: 1 where something is to be made.
-        latent_frames, height, width: the latents' size.
-    """
-    kept = 1 - mask.float()
-    parts = [(kept[:, :, :1], 1)] + [(kept[:, :, 1:], latent_frames - 1)] * (latent_frames > 1)
-    resized = [F.interpolate(part, size=(frames, height, width), mode="trilinear") for part, frames in parts]
-    return torch.cat(resized, dim=2).transpose(1, 2)
+        video[:, :, place] = picture
+    return video, frames_mask(frames, height, width, kept=given)
 
 
 def window_anchors(mask: Tensor) -> int:

@@ -7,19 +7,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import HFValidationError
+from diffusers.utils import logging
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from torch import Tensor
 
 from ..checkpoints.lora import Lora, read_lora
 from ..checkpoints.reading import read_tensors
 from .folder import read_json
 
-__all__ = ["find_lora_file", "has_lora_file", "open_lora"]
+__all__ = ["WEIGHTS", "fetch_lora", "find_lora_file", "has_lora_file", "open_lora"]
+
+logger = logging.get_logger(__name__)
 
 _USUAL = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors", "pytorch_lora_weights.bin", "adapter_model.bin")
 _HUB = {"revision", "token", "cache_dir", "local_files_only", "force_download"}  # arguments of hf_hub_download that are handed on
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _PEFT_CONFIG = "adapter_config.json"  # beside adapter_model.*, as PEFT saves
 _LATEST = "latest"  # SAT and DeepSpeed: the name of the folder with the newest weights
 _SAT_WEIGHTS = "mp_rank_00_model_states.pt"
@@ -93,7 +96,7 @@ def _newest(folder: Path) -> Path:
 
 
 def _choose(names: Sequence[str], where: str) -> str:
-    weights = sorted(name for name in names if name.endswith(_WEIGHTS))
+    weights = sorted(name for name in names if name.endswith(WEIGHTS))
     usual = [name for name in _USUAL if name in weights]
     if not usual and len(weights) != 1:
         raise FileNotFoundError(
@@ -101,6 +104,24 @@ def _choose(names: Sequence[str], where: str) -> str:
             "Python with weight_name=..."
         )
     return (usual or weights)[0]
+
+
+def fetch_lora(text: str) -> Path:
+    """The file on disk behind what somebody writes: a file, its folder, `owner/name` on the hub, or `owner/name/FILE` of a repository
+    that holds several. What is neither there nor named like a repository is returned as it is.
+
+    Raises:
+        FileNotFoundError: there is no such file or repository, or none of several files can be chosen.
+    """
+    path = Path(text)
+    if path.is_dir():
+        return find_lora_file(path)
+    owner, _, rest = text.partition("/")
+    name, _, file = rest.partition("/")
+    if path.exists() or not name or owner in ("", ".", "..", "~") or (name.endswith(WEIGHTS) and not file):
+        return path
+    subfolder, _, weight_name = file.rpartition("/")
+    return _download(f"{owner}/{name}", weight_name or None, subfolder or None, {})
 
 
 def _download(repository: str, weight_name: str | None, subfolder: str | None, hub: dict[str, Any]) -> Path:
@@ -111,12 +132,28 @@ def _download(repository: str, weight_name: str | None, subfolder: str | None, h
     inside = f"{subfolder}/" if subfolder else ""
     try:
         if weight_name is None:
-            listing = {key: value for key, value in known.items() if key in ("revision", "token")}
-            files = HfApi().list_repo_files(repository, **listing)
-            here = [file.removeprefix(inside) for file in files if file.startswith(inside)]
+            here = [file.removeprefix(inside) for file in _listing(repository, known) if file.startswith(inside)]
             weight_name = _choose([name for name in here if "/" not in name], f"{repository}/{inside}")
         if weight_name.startswith("adapter_model."):
             hf_hub_download(repository, f"{inside}{_PEFT_CONFIG}", **known)
         return Path(hf_hub_download(repository, f"{inside}{weight_name}", **known))
-    except HFValidationError as error:
-        raise FileNotFoundError(f"there is no file or folder {repository!r}, and no such repository ({error}).") from error
+    except (HFValidationError, HfHubHTTPError, EntryNotFoundError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"there is no file or folder {repository!r}, and no such repository or file on the hub or in its cache ({reason})."
+        ) from error
+
+
+def _listing(repository: str, hub: dict[str, Any]) -> list[str]:
+    """Names of the files of a repository; without a connection, of those in the cache."""
+    listing = {key: value for key, value in hub.items() if key in ("revision", "token")}
+    try:
+        if not hub.get("local_files_only"):
+            return HfApi().list_repo_files(repository, **listing)
+    except (HFValidationError, HfHubHTTPError):
+        raise
+    except Exception as error:  # offline mode, or no connection, which each HTTP library calls something else
+        logger.info(f"{repository} cannot be listed ({error}): looking into the cache.")
+    cached = {key: value for key, value in hub.items() if key in ("revision", "cache_dir")}
+    folder = Path(snapshot_download(repository, local_files_only=True, **cached))
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]

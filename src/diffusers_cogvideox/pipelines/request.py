@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..geometry import Geometry
 from .guidance import Interval, check_interval, dynamic_rule
+from .guiders import BaseGuidance
 from .journal import Journal
 from .prompts import PromptInputs
 from .skip_layers import SkipLayers
@@ -23,6 +24,16 @@ from .windows import ContextWindows
 __all__ = ["OUTPUT_TYPES", "Request"]
 
 OUTPUT_TYPES = ("pil", "np", "pt", "stream", "latent")
+
+_NOT_WITH_GUIDER = (
+    "guidance_scale",
+    "use_dynamic_cfg",
+    "guidance_interval",
+    "sequential_guidance",
+    "skip_layers",
+    "context",
+    "journal",
+)
 
 logger = logging.get_logger(__name__)
 
@@ -58,6 +69,7 @@ class Request:
     context: ContextWindows | None = None
     riflex: bool = False
     journal: Journal | None = None
+    guider: BaseGuidance | None = None
 
     def __post_init__(self) -> None:
         """Raise ValueError or TypeError for whatever can be told wrong without a model."""
@@ -71,6 +83,8 @@ class Request:
                 f"{len(self.generator)} generators for {self.count} videos (prompts x num_videos_per_prompt): pass one for all, or "
                 "one for each."
             )
+        if self.guider is not None:
+            self._check_guider()
         inputs = self.inputs
         negative = inputs.negative_prompt is not None or inputs.negative_prompt_embeds is not None
         if self.zero_unconditional and negative:
@@ -85,6 +99,17 @@ class Request:
                 raise ValueError(f"{name}={getattr(self, name)} is not possible: it must be at least 1.")
         if not math.isfinite(self.guidance_scale):
             raise ValueError(f"guidance_scale={self.guidance_scale} is not possible: it must be finite; 1 or less turns guidance off.")
+
+    def _check_guider(self) -> None:
+        """Raise for what is no guider, and for options that a guider decides itself, or whose state it would mix up."""
+        if not isinstance(self.guider, BaseGuidance):
+            raise TypeError(f"guider={self.guider!r} is not possible: pass one of diffusers' guiders, such as AdaptiveProjectedGuidance().")
+        defaults = {field.name: field.default for field in fields(Request)}
+        if given := [name for name in _NOT_WITH_GUIDER if getattr(self, name) != defaults[name]]:
+            raise ValueError(
+                f"{', '.join(given)} cannot be combined with a guider ({type(self.guider).__name__}), which has settings of its own: leave "
+                "out one of the two."
+            )
 
     def _warn_without_guidance(self) -> None:
         """Log which arguments have no effect because guidance is off."""
@@ -119,7 +144,7 @@ class Request:
     @property
     def guided(self) -> bool:
         """Whether the loop predicts with and without the prompt, at least where it starts."""
-        return self.guidance_scale > 1
+        return self.guidance_scale > 1 or self.guider is not None
 
     @property
     def reads_text(self) -> bool:

@@ -124,6 +124,9 @@ class Windows:
 class ContextWindows:
     """A long video predicted in windows, for videos several times as long as a model was trained for in the memory of one window.
 
+    All windows have the prompt of the whole video. For a story in several prompts, make its parts one after the other with
+    `CogVideoXContinuationPipeline`, which goes on from the last frames.
+
     Args:
         frames: frames of a window, 8k + 1; best as many as the model was trained with. A video within one window needs none.
         overlap: frames that two windows share, a multiple of 8; by default about a third of a window.

@@ -104,7 +104,8 @@ class TrainConfig:
     output: str
     """Run folder: checkpoints, metrics.jsonl, the resolved configuration, and the trained model in final/."""
     model: dict[str, Any]
-    """The model's config.json keys; with `init_from`, only those to change (in_channels) or to insist on."""
+    """The model's config.json keys; with `init_from`, only those to change (in_channels: 2C shows the model the first frame, 2C + 1 the
+    first, or first and last, and a mask) or to insist on."""
     stages: list[Stage]
     """Stages, in order."""
     vae: str | None = None
@@ -118,7 +119,8 @@ class TrainConfig:
     data: DataOptions = field(default_factory=DataOptions)
     optimisation: Optimisation = field(default_factory=Optimisation)
     objective: dict[str, float] = field(default_factory=dict)
-    """Weights and rates of the task's objective, e.g. kl_weight, text_dropout."""
+    """Weights and rates of the task's objective: kl_weight (VAE); text_dropout, balance, and for models that are shown an image
+    image_dropout and last_image (transformer)."""
     seed: int = 0
     """Seed of initialisation and noise."""
     mixed_precision: Literal["no", "bf16"] = "no"

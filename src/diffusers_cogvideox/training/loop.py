@@ -6,14 +6,12 @@ import io
 import json
 import logging
 import math
-import re
 import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,6 +28,7 @@ from .config import Optimisation, TrainConfig
 from .objectives import Objective
 from .optimizers import build_optimizers
 from .processes import Share, process_state
+from .resume import check_resumed, checkpoints, write_config
 
 __all__ = ["Task", "run"]
 
@@ -70,13 +69,13 @@ def run(config: TrainConfig, task: Task, on_checkpoint: Checkpoint | None = None
 
     Raises:
         FloatingPointError: the gradients became infinite or NaN.
-        ValueError: a batch cannot be split evenly over the processes.
+        ValueError: a batch cannot be split evenly over the processes, or the run was begun with other settings.
     """
     folder = Path(config.output)
+    check_resumed(config)
     training = _Training(config, task, folder)
     if training.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf8")
+        write_config(config)
     bar = tqdm(total=config.total_steps, initial=training.done, desc=config.task, mininterval=5, disable=not training.is_main)
     try:
         with bar, _Log(folder / "metrics.jsonl", config.log_every, training.is_main) as log:
@@ -137,7 +136,7 @@ class _Training:
         self.schedule = schedules[0]
         self.done = 0  # optimiser steps
         self.accelerator.register_for_checkpointing(self.ema, self)
-        if existing := _checkpoints(folder):
+        if existing := checkpoints(folder):
             logger.info("resuming from %s", existing[-1])
             self.accelerator.load_state(str(existing[-1]))
         if config.compile:
@@ -207,15 +206,9 @@ class _Training:
         if self.is_main:
             shutil.rmtree(target, ignore_errors=True)
             partial.rename(target)
-            for old in _checkpoints(self.folder)[:-keep]:
+            for old in checkpoints(self.folder)[:-keep]:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    """Finished checkpoint folders, oldest first."""
-    found = [p for p in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
-    return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
 
 
 class _Log:
