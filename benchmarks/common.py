@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from diffusers_cogvideox.files import atomic_path
 
-__all__ = ["RESULTS", "Stages", "machine", "peak_gib", "write_result"]
+__all__ = ["RESULTS", "Stages", "machine", "peak_gib", "random_model", "write_result"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -48,6 +49,20 @@ def peak_gib() -> float:
     """Largest resident memory of this process until now, in GiB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / 2 ** (30 if sys.platform == "darwin" else 20), 3)  # macOS counts bytes, Linux KiB
+
+
+@torch.no_grad()
+def random_model(cls: type[nn.Module], config: dict[str, Any], dtype: torch.dtype) -> nn.Module:
+    """A model whose weights are drawn in `dtype` at once: matrices normal with variance 1 / fan-in, norms the identity."""
+    with torch.device("meta"):
+        model = cls(**config)
+    model = nn.Module.to(model, dtype).to_empty(device="cpu").eval()  # diffusers' own `to` warns about every cast
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(std=parameter[0].numel() ** -0.5)
+        else:
+            parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+    return model
 
 
 class Stages:

@@ -15,29 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from common import RESULTS, Stages, write_result
+from common import RESULTS, Stages, random_model, write_result
 from diffusers_cogvideox import PRESETS, AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
 from diffusers_cogvideox.files import check_writable
 
 PRESET = PRESETS["2b"]
 TINY_TRANSFORMER = {"num_layers": 2, "num_attention_heads": 2, "text_embed_dim": 32, "time_embed_dim": 32}
 TINY_VAE = {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4}
-
-
-@torch.no_grad()
-def random_model(cls: type[nn.Module], config: dict[str, Any], dtype: torch.dtype) -> nn.Module:
-    """A model whose weights are drawn in `dtype` at once: matrices normal with variance 1 / fan-in, norms the identity."""
-    with torch.device("meta"):
-        model = cls(**config)
-    model = nn.Module.to(model, dtype).to_empty(device="cpu").eval()  # diffusers' own `to` warns about every cast
-    for name, parameter in model.named_parameters():
-        if parameter.ndim > 1:
-            parameter.normal_(std=parameter[0].numel() ** -0.5)
-        else:
-            parameter.fill_(1.0 if name.endswith("weight") else 0.0)
-    return model
 
 
 def build(tiny: bool, dtype: torch.dtype) -> CogVideoXPipeline:
