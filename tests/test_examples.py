@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tiny_pipeline import save_stock_folder
 
@@ -41,3 +42,20 @@ def test_full_size_benchmark_runs_in_small(tmp_path, monkeypatch):
     assert set(measured["seconds"]) >= {"build", "denoise", "decode"}
     assert 0 < measured["peak_gib"] < 100
     assert measured["machine"]["torch"]
+
+
+def test_vae_benchmark_runs_in_small(tmp_path, monkeypatch, capsys):
+    """Part by part into one file; the table is made from it."""
+    result = tmp_path / "vae.json"
+    script = str(ROOT / "benchmarks" / "vae.py")
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    common = ["vae.py", "--threads", str(torch.get_num_threads()), "--output", str(result)]
+    small = ["--widths", "4", "4", "4", "4", "--frames", "5", "--height", "16", "--width", "16", "--pairs", "1"]
+    for options in (["--only", "decode-float32", *small], ["--only", "error", *small], ["--table"]):
+        monkeypatch.setattr(sys, "argv", common + options)
+        runpy.run_path(script, run_name="__main__")
+    measured = json.loads(result.read_text(encoding="utf-8"))["parts"]["cpu"]
+    assert measured["decode-float32"]["ratio"]["ours against stock"] > 0
+    assert measured["error"]["encode"]["float32"]["relative_rms"] < 5e-6
+    assert result.with_suffix(".png").stat().st_size > 0
+    assert "| decode, float32, CPU, 5 x 16 x 16: seconds (times as fast) |" in capsys.readouterr().out

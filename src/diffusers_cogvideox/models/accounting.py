@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .causal_conv import CausalConv3d
-from .filtering import DIRECT, FIRST, steps_for
+from .filtering import DIRECT, FIRST, Filtering, steps_for
 from .frames import Bands, Frames
 from .rowwise import joint_frames
 from .vae_blocks import Downsample, ResnetBlock, Tower, Upsample
@@ -129,18 +129,34 @@ class Accounting:
         in_row, out_row = (batch * width * c * self.dtype.itemsize for c in (channels, conv.conv.out_channels))
         self.kept[conv] = keeps * height * in_row
         steps = steps_for(frames, first=self.first, doubled=x.doubled, single=x.single, largest=joint_frames(self.dtype, self.device))
-        most, weight = 0, conv.conv.weight.numel() * self.dtype.itemsize
+        most = summed = 0
         for filtering, _, count, _ in steps:
-            if filtering is not FIRST:
-                self.derived[conv, filtering] = weight * len(filtering.data) // 3
+            taps = conv.conv.weight.numel() * len(filtering.data) // 3
+            if (conv, filtering) not in self.derived:
+                self._note(held, self._combining(conv, taps, filtering))
+            if filtering is FIRST:
+                summed = taps * self.dtype.itemsize
+            else:
+                self.derived[conv, filtering] = taps * self.dtype.itemsize
             if filtering is DIRECT and self.dtype != torch.float32:
                 most = max(most, count * rows * out_row)
             else:
                 most = max(most, len(filtering.data) * count * (around * in_row + 2 * rows * out_row))
-        work = (length + frames) * around * in_row + most + (self._made(x, rows + 2) if self._is_lazy(x) else 0)
+        work = summed + (length + frames) * around * in_row + most
+        if self._is_lazy(x):  # made first, convolved then
+            made = self._made(x, rows + 2)
+            work = max(made, made // 2 + work)
         # Results that are added already have their place.
         self._note(held, 0 if adds else self._bytes(out), work, self.kept[conv] if self.elsewhere else 0)
         return out
+
+    def _combining(self, conv: CausalConv3d, taps: int, filtering: Filtering) -> int:
+        """Bytes that `transformed_taps` takes: the weight in float32, twice where it is kept in half precision, and `taps` numbers."""
+        if filtering is DIRECT and self.dtype != torch.float32:
+            return taps * self.dtype.itemsize
+        weight = conv.conv.weight
+        copies = 1 if weight.dtype == torch.float32 else 2
+        return torch.float32.itemsize * (copies * weight.numel() + taps) + taps * self.dtype.itemsize
 
     def _note(self, *alive: int) -> None:
         caches = 0 if self.elsewhere else sum(self.kept.values())
