@@ -1,0 +1,130 @@
+"""Proof of a conversion: what was written is opened again, hashed tensor by tensor, and computed with beside the source."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoints.lazy import LazyTensor
+from ..checkpoints.rules import KeyRules, listed
+from ..geometry import DECODE_CHUNK, ENCODE_CHUNK
+from ..models.rope import rope_for
+from .hints import Hints, parts_of
+from .parts import Part, model_on_meta
+from .sources import open_source
+
+__all__ = ["compare_outputs", "hashes", "verify"]
+
+_SMALL = 2**30  # bytes of weights up to which all blocks of a transformer are computed with
+_BLOCKS = 2  # of a larger one
+_TOLERANCE = 1e-5  # of outputs, in float32: the weights are the same, to the bit
+
+
+def hashes(tensors: Mapping[str, LazyTensor]) -> dict[str, str]:
+    """The first 16 hexadecimal digits of a SHA-256 of dtype, shape and values of each tensor, one tensor in memory at a time."""
+    return {name: _hash(tensor) for name, tensor in tensors.items()}
+
+
+def _hash(tensor: LazyTensor) -> str:
+    values = tensor.make().detach().contiguous().reshape(-1)
+    digest = hashlib.sha256(f"{tensor.dtype} {tensor.shape} ".encode())
+    digest.update(memoryview(values.view(torch.uint8).numpy()))  # type: ignore[arg-type]
+    return digest.hexdigest()[:16]
+
+
+def verify(parts: Mapping[str, Part], written: Path, hints: Hints) -> list[str]:
+    """Open what was written, and compare it with what it was made of.
+
+    Of every tensor of the source the hash is compared with that of the same tensor, made from the written ones through the rules in the
+    other direction; then both models predict from the same random input.
+
+    Args:
+        parts: what was converted, in the precision of the result.
+        written: the new folder.
+        hints: as in the conversion.
+
+    Returns:
+        lines to print: hash and name of every tensor, and the largest difference of the outputs.
+
+    Raises:
+        OSError: something is not what it should be.
+    """
+    source = open_source(written)
+    again, _ = parts_of(source, replace(hints, configs={**hints.configs, **source.configs}))
+    lines = []
+    for name, part in parts.items():
+        rules = part.rules
+        expected, found = (hashes(_as_in_source(one.tensors, rules)) for one in (part, again[name]))
+        if wrong := [key for key in expected if expected[key] != found.get(key)]:
+            raise OSError(f"verification failed: {listed(wrong)} of the {name} are not what they were. Is the disk damaged?")
+        lines += [f"{digest}  {key}" for key, digest in expected.items()]
+        difference, extent = compare_outputs(part, again[name])
+        if not difference <= _TOLERANCE:
+            raise OSError(f"verification failed: the outputs of the {name} differ by {difference:.1e}.")
+        lines.append(f"verified: {len(expected)} tensors of the {name} are equal to the bit; outputs ({extent}) differ by {difference:.1e}")
+    return lines
+
+
+def _as_in_source(tensors: Mapping[str, LazyTensor], rules: KeyRules | None) -> Mapping[str, LazyTensor]:
+    return tensors if rules is None else rules.backward(tensors)
+
+
+# --- outputs ------------------------------------------------------------------------------------------------------------
+
+
+def compare_outputs(one: Part, other: Part) -> tuple[float, str]:
+    """The largest difference between the outputs of two models on the same random input, in float32, and what was computed.
+
+    Of a transformer with more than 1 GiB of weights the first two blocks are computed, between all that is before and behind them.
+    """
+    if one.kind == "vae":
+        outputs = [_through_vae(part) for part in (one, other)]
+        return float((outputs[0] - outputs[1]).abs().max()), "encoded and decoded"
+    layers = one.config["num_layers"]
+    size = sum(tensor.nbytes for tensor in one.tensors.values())
+    kept = layers if size <= _SMALL else min(_BLOCKS, layers)
+    outputs = [_through_transformer(_shortened(part, kept)) for part in (one, other)]
+    return float((outputs[0] - outputs[1]).abs().max()), f"{kept} of {layers} blocks"
+
+
+def _shortened(part: Part, layers: int) -> Part:
+    """The transformer with its first blocks only."""
+    block = "transformer_blocks."
+    kept = {name: tensor for name, tensor in part.tensors.items() if not name.startswith(block) or int(name.split(".")[1]) < layers}
+    return replace(part, config={**part.config, "num_layers": layers}, tensors=kept)
+
+
+def _model(part: Part) -> Any:
+    model = model_on_meta(part.kind, part.config)
+    model.load_state_dict({name: tensor.make().float() for name, tensor in part.tensors.items()}, assign=True)
+    return model.eval()
+
+
+@torch.no_grad()
+def _through_transformer(part: Part) -> Tensor:
+    """The velocity (1, F, C, h, w) that it predicts at the smallest size with several tokens along each axis."""
+    config, random = part.config, torch.Generator().manual_seed(0)
+    frames, side = 2 * (config.get("patch_size_t") or 1), 2 * config["patch_size"]
+    latents = torch.randn(1, frames, config["in_channels"], side, 2 * side, generator=random)
+    text = torch.randn(1, 3, config["text_embed_dim"], generator=random)
+    rotary = rope_for(config, frames, side, 2 * side)
+    ofs = torch.full((1,), 2.0) if config.get("ofs_embed_dim") else None
+    return _model(part)(latents, text, torch.tensor([500]), ofs=ofs, image_rotary_emb=rotary, return_dict=False)[0]
+
+
+@torch.no_grad()
+def _through_vae(part: Part) -> Tensor:
+    """The moments (1, 2 C, f, h, w) of a short video and the frames that their means decode to, in one vector."""
+    model = _model(part)
+    random = torch.Generator().manual_seed(0)
+    side = 2 * model.spatial_ratio
+    video = torch.rand(1, part.config["in_channels"], ENCODE_CHUNK + 1, side, side, generator=random) * 2 - 1
+    posterior = model.encode(video).latent_dist
+    latents = posterior.mean[:, :, : DECODE_CHUNK + 1]
+    return torch.cat([posterior.parameters.flatten(), model.decode(latents).sample.flatten()])
