@@ -53,7 +53,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Raises OSError as `check_writable` does, before the block runs.
     """
-    target = Path(os.path.abspath(path))  # a name to put another beside, also for "."
+    target = Path(path).resolve()  # a name to put another beside, also for "."
     if not target.is_dir():
         check_writable(target)
     partial = target.with_name(f".{target.name}-{uuid.uuid4().hex[:8]}.partial")

@@ -32,7 +32,9 @@ def _count(shapes: Shapes, pattern: str) -> int:
 
 
 def _check_no_contradiction(told: Mapping[str, Any], like: Mapping[str, Any]) -> None:
-    wrong = [f"{key} {like[key]} (tensors: {value})" for key, value in told.items() if key in like and (like[key] or None) != (value or None)]
+    wrong = [
+        f"{key} {like[key]} (tensors: {value})" for key, value in told.items() if key in like and (like[key] or None) != (value or None)
+    ]
     if wrong:
         raise ValueError(f"the config that it is to be like contradicts its tensors: {', '.join(wrong)}")
 
@@ -64,11 +66,12 @@ def transformer_config(shapes: Shapes, *, rotary: bool | None = None, like: Mapp
     """
     like = dict(like or {})
     projection, width = _shape(shapes, "patch_embed.proj.weight"), _shape(shapes, "patch_embed.text_proj.weight")[0]
-    is_linear, patch = len(projection) == 2, like.get("patch_size", 2)
+    is_linear = len(projection) == 2
+    patch = like.get("patch_size", 2) if is_linear else projection[2]
     depth = (like.get("patch_size_t") or _PATCH_T) if is_linear else None
     volume = patch * patch * (depth or 1)
     head = _shape(shapes, "transformer_blocks.0.attn1.norm_q.weight")[0]
-    told = {
+    told: dict[str, Any] = {
         "num_attention_heads": width // head,
         "attention_head_dim": head,
         "in_channels": projection[1] // volume if is_linear else projection[1],
@@ -79,12 +82,14 @@ def transformer_config(shapes: Shapes, *, rotary: bool | None = None, like: Mapp
         "use_learned_positional_embeddings": "patch_embed.pos_embedding" in shapes,
         "ofs_embed_dim": shapes["ofs_embedding.linear_1.weight"][0] if "ofs_embedding.linear_1.weight" in shapes else None,
         "patch_size_t": depth,
-        "patch_size": patch if is_linear else projection[2],
+        "patch_size": patch,
         **({} if "transformer_blocks.0.attn1.to_q.bias" in shapes else {"attention_bias": False}),
     }
     if not is_linear and "patch_embed.proj.bias" not in shapes:
         told["patch_bias"] = False
-    _check_no_contradiction(told, {"out_channels": like.get("in_channels")} | like if like else {})
+    if "out_channels" in like and like["out_channels"] is None:  # as many as it reads
+        told["out_channels"] = None if told["out_channels"] == told["in_channels"] else told["out_channels"]
+    _check_no_contradiction(told, like)
     told["use_rotary_positional_embeddings"] = _is_rotary(told, rotary, like)
     return family_of(told).transformer | _sizes_of(like) | told
 
@@ -159,6 +164,6 @@ def vae_config(shapes: Shapes, *, family: Preset, like: Mapping[str, Any] | None
     config = family.vae | blocks | _sizes_of(like) | told
     if any(width % config["norm_num_groups"] for width in widths):
         raise ValueError(
-            f"its channels {widths} cannot be normalised in {config['norm_num_groups']} groups: say how many with --like and its config.json"
+            f"its channels {widths} cannot be normalised in {config['norm_num_groups']} groups: say how many with --like CONFIG.json"
         )
     return config

@@ -95,9 +95,7 @@ def _resnet(source: str, target: str, norms: tuple[str, ...]) -> list[Rule]:
 def _half(side: str, levels: int, norms: tuple[str, ...]) -> list[Rule]:
     """The encoder or the decoder. SAT numbers the decoder's levels from the finest, diffusers from the coarsest."""
     middle = [
-        rule
-        for number in (1, 2)
-        for rule in _resnet(f"{side}.mid.block_{number}.", f"{side}.mid_block.resnets.{number - 1}.", norms)
+        rule for number in (1, 2) for rule in _resnet(f"{side}.mid.block_{number}.", f"{side}.mid_block.resnets.{number - 1}.", norms)
     ]
     stages = []
     for level in range(levels):

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch import Tensor
 
 from .lazy import LazyTensor
 
@@ -168,7 +167,12 @@ def write_pickle(path: Path, content: Any, step: Step = lambda _: None) -> None:
     pickler.dump(content)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         root = path.stem
-        for name, text in (("data.pkl", stream.getvalue()), (".format_version", b"1"), (".storage_alignment", b"64"), ("byteorder", b"little")):
+        for name, text in (
+            ("data.pkl", stream.getvalue()),
+            (".format_version", b"1"),
+            (".storage_alignment", b"64"),
+            ("byteorder", b"little"),
+        ):
             _add(archive, f"{root}/{name}", text)
         for key, tensor in enumerate(pickler.tensors):
             _add(archive, f"{root}/data/{key}", _bytes(tensor))
@@ -186,5 +190,3 @@ def _add(archive: zipfile.ZipFile, name: str, content: bytes | memoryview) -> No
     entry.extra = b"FB" + struct.pack("<H", padding) + b"Z" * padding
     with archive.open(entry, "w") as target:
         target.write(content)
-
-

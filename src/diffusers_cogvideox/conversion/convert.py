@@ -90,7 +90,9 @@ def _check_output(target: Path, options: ConvertOptions) -> None:
     if not options.overwrite:
         raise FileExistsError(f"{target} exists already: pass --overwrite to replace it, or choose another place.")
     if target.is_dir() and not any((target / mark).exists() for mark in _MARKS):
-        raise FileExistsError(f"{target} is a folder with other things than a model, and is not replaced: delete it, or choose another place.")
+        raise FileExistsError(
+            f"{target} is a folder with other things than a model, and is not replaced: delete it, or choose another place."
+        )
 
 
 def _understand(options: ConvertOptions, dtype: torch.dtype | None) -> _Understood:
@@ -143,8 +145,8 @@ def _diffusers(found: _Understood, options: ConvertOptions, dtype: torch.dtype |
     if len(found.parts) == 2:
         if text is None:
             raise ValueError(
-                f"{found.source.path} holds a transformer and a VAE, but no text encoder, which a pipeline needs: pass --text-encoder with its "
-                "folder or repository (google/t5-v1_1-xxl), or convert one of them with --only transformer or --only vae."
+                f"{found.source.path} holds a transformer and a VAE, but no text encoder, which a pipeline needs: pass --text-encoder "
+                "with its folder or repository (google/t5-v1_1-xxl), or convert one of them with --only transformer or --only vae."
             )
         index = found.source.path / "model_index.json"
         named = to_diffusers.class_named_in(index) if index.is_file() else None

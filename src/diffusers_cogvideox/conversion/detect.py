@@ -20,7 +20,7 @@ Layout = Literal["sat", "diffusers"]
 _WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod|base_model\.model)\.)+")
 _INSIDE = ".base_layer."
 
-# Kind and layout of the names that match; what the expression consumes is a prefix of the file, what it looks ahead at belongs to the model.
+# Kind and layout of the names that match. What an expression consumes is a prefix of the file; what it looks ahead at is the model's.
 _NAMES: tuple[tuple[Kind, Layout, re.Pattern[str]], ...] = (
     (
         "transformer",
@@ -47,7 +47,11 @@ _NAMES: tuple[tuple[Kind, Layout, re.Pattern[str]], ...] = (
             r"|(?:post_)?quant_conv\.)"
         ),
     ),
-    ("text_encoder", "diffusers", re.compile(r"(?:conditioner|cond_stage_model|text_encoder)\.|(?=shared\.|encoder\.block\.|encoder\.embed_tokens\.)")),
+    (
+        "text_encoder",
+        "diffusers",
+        re.compile(r"(?:conditioner|cond_stage_model|text_encoder)\.|(?=shared\.|encoder\.block\.|encoder\.embed_tokens\.)"),
+    ),
 )
 _SAT_VAE = re.compile(r"(?:encoder|decoder)\.(?:down|up|mid)\.")  # what only SAT's VAE has; the ends are named alike
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +24,9 @@ def read_gguf(path: Path) -> dict[str, LazyTensor]:
         raise OSError(f"{path} is a GGUF file, for which another package is needed: pip install gguf.")
     from diffusers.quantizers.gguf.utils import dequantize_gguf_tensor
 
+    def _whole(tensor: torch.Tensor) -> torch.Tensor:
+        return dequantize_gguf_tensor(tensor).float()
+
     try:
         stored = load_gguf_checkpoint(str(path))
     except (ValueError, IndexError, KeyError) as error:
@@ -31,7 +35,7 @@ def read_gguf(path: Path) -> dict[str, LazyTensor]:
     for name, tensor in stored.items():
         if hasattr(tensor, "quant_type"):
             shape = dequantize_gguf_tensor(tensor).shape
-            found[name] = LazyTensor(torch.empty(shape, device="meta"), lambda tensor=tensor: dequantize_gguf_tensor(tensor).float())
+            found[name] = LazyTensor(torch.empty(shape, device="meta"), partial(_whole, tensor))
         else:
             found[name] = combine(lambda value: value.float(), [LazyTensor.of(tensor)])
     return found

@@ -55,7 +55,9 @@ def hints_for(source: Source, like: str | None) -> Hints:
     if (place / "config.json").is_file() and not (place / INDEX).is_file():
         return hints_for(source, str(place / "config.json"))
     if not (place / INDEX).is_file():
-        raise FileNotFoundError(f"--like {like} names no release ({', '.join(PRESETS)}), and there is no config.json or model folder {like}.")
+        raise FileNotFoundError(
+            f"--like {like} names no release ({', '.join(PRESETS)}), and there is no config.json or model folder {like}."
+        )
     configs = {name: read_json(file) for name in component_names(place) if (file := place / name / "config.json").is_file()}
     return Hints({**source.configs, **configs})
 
@@ -76,8 +78,8 @@ def _vae(group: Group, source: Source, hints: Hints, transformer: Part | None, n
     part = vae_part(group, transformer=beside, like=hints.configs.get("vae"), family=hints.family)
     if beside is None and hints.family is None and "vae" not in hints.configs:
         notes.append(
-            f"assumed: scaling_factor {part.config['scaling_factor']}, that of {VAE_FAMILY}. The tensors of a VAE do not tell it, and there is "
-            "no transformer beside it. For CogVideoX-2B pass --like 2b; for the image-to-video model of 1.5 pass --like 1.5-5b-i2v."
+            f"assumed: scaling_factor {part.config['scaling_factor']}, that of {VAE_FAMILY}. Tensors of a VAE do not tell it, and there "
+            "is no transformer beside it. For CogVideoX-2B pass --like 2b; for the image-to-video model of 1.5 pass --like 1.5-5b-i2v."
         )
     return part
 
@@ -88,7 +90,9 @@ def _transformer_beside(path: Path) -> Config | None:
     if place is None:
         return None
     source = open_source(place)
-    return transformer_part(source.groups["transformer"], source.configs.get("transformer")).config if "transformer" in source.groups else None
+    return (
+        transformer_part(source.groups["transformer"], source.configs.get("transformer")).config if "transformer" in source.groups else None
+    )
 
 
 def pipeline_class(part: Part, hints: Hints, named: str | None) -> str:
@@ -112,10 +116,9 @@ def pipeline_class(part: Part, hints: Hints, named: str | None) -> str:
         return of_tasks.pop()
     if not of_tasks:
         raise ValueError(
-            f"{part.source} reads {part.config['in_channels']} channels and predicts {part.config['out_channels']}, which fits no task of the "
-            "family, so no pipeline can be made around it. Convert the transformer alone: --only transformer."
+            f"{part.source} reads {part.config['in_channels']} channels and predicts {part.config['out_channels']}, which fits no task of "
+            "the family, so no pipeline can be made around it. Convert the transformer alone: --only transformer."
         )
     if part.group.layout == "sat":  # the original code has no control models
         return PIPELINES["image"]
     raise ValueError(f"{part.source} may be an image-to-video or a control model: say which with --like 5b-i2v or --like fun-5b-control.")
-

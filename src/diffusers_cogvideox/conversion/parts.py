@@ -141,11 +141,11 @@ def _checked(part: Part) -> Part:
     expected = {name: tuple(tensor.shape) for name, tensor in model_on_meta(part.kind, part.config).state_dict().items()}
     found = {name: tensor.shape for name, tensor in part.tensors.items()}
     absent, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    wrong = [
-        f"{name} {found[name]} in place of {shape}" for name, shape in expected.items() if name in found and found[name] != shape
-    ]
+    wrong = [f"{name} {found[name]} in place of {shape}" for name, shape in expected.items() if name in found and found[name] != shape]
     faults = [
-        f"{title} {listed(names)}" for title, names in (("missing:", absent), ("not part of it:", extra), ("of a wrong shape:", wrong)) if names
+        f"{title} {listed(names)}"
+        for title, names in (("missing:", absent), ("not part of it:", extra), ("of a wrong shape:", wrong))
+        if names
     ]
     if faults:
         nearest = f" (the closest release is {closest_release(part.config)})" if part.kind == "transformer" else ""

@@ -82,7 +82,8 @@ class Output:
         free = shutil.disk_usage(folder).free
         if free < self.nbytes + _SPARE:
             raise OSError(
-                f"the result needs {(self.nbytes + _SPARE) / 1e9:.1f} GB, but {folder} has only {free / 1e9:.1f} GB free. Choose another disk."
+                f"the result needs {(self.nbytes + _SPARE) / 1e9:.1f} GB, but {folder} has only {free / 1e9:.1f} GB free. "
+                "Choose another disk."
             )
 
     def write(self, root: Path, max_bytes: int) -> None:

@@ -44,7 +44,8 @@ def _grid(table: Tensor, axis: int) -> Grid:
 
 def _rotary(grid: Grid, head: int) -> tuple[Tensor, Tensor]:
     """Rotary tables (N, head) of CogVideoX 1.0 at its native size: cosines and sines."""
-    return rotary_embedding(*map(torch.arange, grid), head)
+    t, h, w = map(torch.arange, grid)
+    return rotary_embedding(t, h, w, head)
 
 
 def _sincos(grid: Grid, config: Mapping[str, Any], text: int) -> Tensor:
@@ -87,8 +88,8 @@ def _check(pair: tuple[tuple[Tensor, ...], tuple[Tensor, ...]], dtype: torch.dty
     for stored, computed in zip(*pair, strict=True):
         if stored.shape != computed.shape or (stored - computed).abs().max() > tolerance:
             raise ValueError(
-                f"its {what} ({', '.join(map(str, stored.shape))}) are not those that are computed for {'x'.join(map(str, grid))} tokens, so "
-                "they cannot be left out without changing the model"
+                f"its {what} ({', '.join(map(str, stored.shape))}) are not those that are computed for {'x'.join(map(str, grid))} tokens, "
+                "so they cannot be left out without changing the model"
             )
 
 

@@ -117,8 +117,8 @@ def _only_weights(folder: Path) -> list[Path]:
         return files
     found = f"{len(files)} weight files ({', '.join(file.name for file in files[:6])}): name one of them" if files else "no weight file"
     raise FileNotFoundError(
-        f"{folder} holds {found}. Known are files of weights; folders with `{LATEST}`; folders with transformer/ and vae/; and folders that "
-        "diffusers loads."
+        f"{folder} holds {found}. Known are files of weights; folders with `{LATEST}`; folders with transformer/ and vae/; and folders "
+        "that diffusers loads."
     )
 
 
@@ -143,7 +143,8 @@ def _component(folder: Path, kind: Kind) -> dict[Kind, Group]:
 def _pipeline(folder: Path) -> Source:
     check_folder(folder)
     entries = read_json(folder / INDEX)
-    groups, configs = {}, {}
+    groups: dict[Kind, Group] = {}
+    configs: dict[str, dict[str, Any]] = {}
     for name, kind in (("transformer", "transformer"), ("vae", "vae")):
         if (folder / name / "config.json").is_file():
             groups |= _component(folder / name, kind)  # type: ignore[arg-type]
@@ -224,4 +225,3 @@ def _same_for_all_ranks(models: list[Path], trusted: bool) -> dict[Kind, Group]:
                 raise ValueError(f"{file} holds a part of {name}, and nothing says how the parts of the ranks belong together.")
             tensors[name] = tensor
     return sort_tensors(tensors, str(models[0] if len(models) == 1 else models[0].parent))
-

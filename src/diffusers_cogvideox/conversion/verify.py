@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.lazy import LazyTensor
-from ..checkpoints.rules import KeyRules, listed
+from ..checkpoints.rules import listed
 from ..geometry import DECODE_CHUNK, ENCODE_CHUNK
 from ..models.rope import rope_for
 from .hints import Hints, parts_of
@@ -59,8 +59,8 @@ def verify(parts: Mapping[str, Part], written: Path, hints: Hints) -> list[str]:
     again, _ = parts_of(source, replace(hints, configs={**hints.configs, **source.configs}))
     lines = []
     for name, part in parts.items():
-        rules = part.rules
-        expected, found = (hashes(_as_in_source(one.tensors, rules)) for one in (part, again[name]))
+        expected = hashes(_as_in_source(part))
+        found = hashes(again[name].tensors if part.rules is None else part.rules.backward(again[name].tensors))
         if wrong := [key for key in expected if expected[key] != found.get(key)]:
             raise OSError(f"verification failed: {listed(wrong)} of the {name} are not what they were. Is the disk damaged?")
         lines += [f"{digest}  {key}" for key, digest in expected.items()]
@@ -71,8 +71,13 @@ def verify(parts: Mapping[str, Part], written: Path, hints: Hints) -> list[str]:
     return lines
 
 
-def _as_in_source(tensors: Mapping[str, LazyTensor], rules: KeyRules | None) -> Mapping[str, LazyTensor]:
-    return tensors if rules is None else rules.backward(tensors)
+def _as_in_source(part: Part) -> Mapping[str, LazyTensor]:
+    """The tensors of the source by its names: the very ones, unless they were rounded to another precision."""
+    if part.rules is None:
+        return part.tensors
+    again = part.rules.backward(part.tensors)
+    stored = part.group.tensors
+    return {name: stored[name] if name in stored and stored[name].dtype == tensor.dtype else tensor for name, tensor in again.items()}
 
 
 # --- outputs ------------------------------------------------------------------------------------------------------------
@@ -110,10 +115,13 @@ def _model(part: Part) -> Any:
 def _through_transformer(part: Part) -> Tensor:
     """The velocity (1, F, C, h, w) that it predicts at the smallest size with several tokens along each axis."""
     config, random = part.config, torch.Generator().manual_seed(0)
-    frames, side = 2 * (config.get("patch_size_t") or 1), 2 * config["patch_size"]
-    latents = torch.randn(1, frames, config["in_channels"], side, 2 * side, generator=random)
+    frames, height = 2 * (config.get("patch_size_t") or 1), 2 * config["patch_size"]
+    width = 2 * height
+    if config.get("use_learned_positional_embeddings"):  # made for one size
+        frames, height, width = 1, config["sample_height"], config["sample_width"]
+    latents = torch.randn(1, frames, config["in_channels"], height, width, generator=random)
     text = torch.randn(1, 3, config["text_embed_dim"], generator=random)
-    rotary = rope_for(config, frames, side, 2 * side)
+    rotary = rope_for(config, frames, height, width)
     ofs = torch.full((1,), 2.0) if config.get("ofs_embed_dim") else None
     return _model(part)(latents, text, torch.tensor([500]), ofs=ofs, image_rotary_emb=rotary, return_dict=False)[0]
 
