@@ -38,7 +38,7 @@ _NAMES = (
 
 def tiny_transformer(variant: str, **changes: Any) -> nn.Module:
     """Diffusers' tiny transformer with random weights."""
-    return randomize(StockTransformer(**TINY_TRANSFORMERS[variant] | changes)).eval()
+    return randomize(StockTransformer(**TINY_TRANSFORMERS[variant] | changes)).float().eval()  # its position table is float64
 
 
 def tiny_vae() -> nn.Module:

@@ -41,7 +41,7 @@ def test_diffusers_to_sat_to_diffusers(tmp_path, variant, dtype):
         torch.testing.assert_close(stored["module"][name], expected[name], rtol=0, atol=tolerance)
         expected[name] = stored["module"][name]
     assert_same(stored["module"], expected)
-    again = StockTransformer.from_pretrained(converted(sat, tmp_path / "again"), torch_dtype=dtype)
+    again = StockTransformer.from_pretrained(converted(sat, tmp_path / "again"), dtype=dtype)
     assert_same(again.state_dict(), model.state_dict())
     assert public(again) == public(model)
 
@@ -147,7 +147,7 @@ def test_dtype_and_shards(tmp_path):
     assert files[0].name == f"diffusion_pytorch_model-00001-of-{len(files):05d}.safetensors"
     assert all(file.stat().st_size < 110_000 for file in files)
     for cls in (StockTransformer, CogVideoXTransformer3DModel):
-        state = cls.from_pretrained(folder, torch_dtype=torch.bfloat16).state_dict()
+        state = cls.from_pretrained(folder, dtype=torch.bfloat16).state_dict()
         assert_same(state, tiny_transformer("5b").bfloat16().state_dict())
 
 

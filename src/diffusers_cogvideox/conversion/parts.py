@@ -104,7 +104,9 @@ def transformer_part(group: Group, like: Config | None = None) -> Part:
         config = transformer_config(shapes, rotary=rotary, like=like)
         if rules is not None:
             config |= read_sizes(names, config)
-        return _checked(Part("transformer", config, tensors, group, rules, _left_out(rules, names)))
+        part = Part("transformer", config, tensors, group, rules, _left_out(rules, names))
+        _check_table(part)
+        return _checked(part)
     except ValueError as error:
         raise ValueError(f"{group.source} cannot be converted as a transformer: {error}.") from error
 
@@ -134,6 +136,16 @@ def vae_part(group: Group, *, transformer: Config | None = None, like: Config | 
 
 def _left_out(rules: KeyRules | None, names: Iterable[str]) -> dict[str, str]:
     return {name: reason for name in names if rules and (reason := rules.reason_to_drop(name))}
+
+
+def _check_table(part: Part) -> None:
+    """Raise ValueError for a learned position table of another size than the config says."""
+    expected = {name: tensor.shape for name, tensor in model_on_meta(part.kind, part.config).named_buffers()}.get(_TABLE)
+    if _TABLE in part.tensors and expected is not None and part.tensors[_TABLE].shape[1] != expected[1]:
+        raise ValueError(
+            f"its position table has {part.tensors[_TABLE].shape[1]} rows, not the {expected[1]} of the release that is most like it: say "
+            "for which size with --like CONFIG.json"
+        )
 
 
 def _checked(part: Part) -> Part:

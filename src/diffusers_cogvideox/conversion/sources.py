@@ -204,7 +204,7 @@ def _training(folder: Path, trusted: bool) -> dict[Kind, Group]:
         raise ValueError(f"{folder} was saved by a tensor-parallel model in {len(models)} parts. Merge them with the original code first.")
     if optimizers:
         return sort_tensors(_merged(folder, models, optimizers, trusted), str(folder))
-    if len(models) > 1 and models[0].name.startswith("zero_pp_rank_"):
+    if models[0].name.startswith("zero_pp_rank_"):
         raise FileNotFoundError(f"{folder} lacks the *_optim_states.pt files, in which ZeRO stage 3 keeps the weights.")
     return _same_for_all_ranks(models, trusted)
 
