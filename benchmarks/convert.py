@@ -2,9 +2,9 @@
 
     python benchmarks/convert.py [--tiny] [--folder TEMPORARY_FOLDER] [--output FILE.json]
 
-Writes a transformer of 11 GB below the folder, converts it to a model folder of diffusers and back in a process of its own each, compares the
-hashes of the two checkpoints, and deletes all of it. Memory is what belongs to the process alone (RssAnon of /proc, Linux only): pages
-of files that are mapped or were just written are the system's cache, which it takes back when it needs to.
+Writes a transformer of 11 GB below the folder, converts it to a model folder of diffusers and back in a process of its own each,
+compares the hashes of the two checkpoints, and deletes all of it. Memory is what belongs to the process alone (RssAnon of /proc, Linux
+only): pages of files that are mapped or were just written are the system's cache, which it takes back when it needs to.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """Every script in examples/ runs, on a tiny pipeline in place of the shipped one, and makes the file that it names."""
 
+import dataclasses
 import json
 import runpy
 import sys
@@ -7,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from diffusers_cogvideox import cli
+from diffusers_cogvideox.options import ConvertOptions
 from tiny_pipeline import save_stock_folder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,3 +44,15 @@ def test_full_size_benchmark_runs_in_small(tmp_path, monkeypatch):
     assert set(measured["seconds"]) >= {"build", "denoise", "decode"}
     assert 0 < measured["peak_gib"] < 100
     assert measured["machine"]["torch"]
+
+
+@pytest.mark.parametrize(("name", "target"), [("sat_to_diffusers", "diffusers"), ("diffusers_to_sat", "sat")])
+def test_conversion_scripts(name, target, tmp_path, monkeypatch):
+    handed = []
+    monkeypatch.setitem(
+        cli.VERBS, "convert", dataclasses.replace(cli.VERBS["convert"], run=lambda options: handed.append(options) or "done")
+    )
+    monkeypatch.setattr(sys, "argv", [name, "in", "out", "--verify"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(ROOT / "conversion" / f"{name}.py"), run_name="__main__")
+    assert handed == [ConvertOptions("in", "out", to=target, verify=True)]

@@ -144,9 +144,11 @@ class _Pickler(pickle.Pickler):
         self.tensors: list[LazyTensor] = []
 
     def persistent_id(self, obj: Any) -> Any:
+        """What stands for a storage: its type, its file in the archive, device and number of elements."""
         return obj.identity if isinstance(obj, _Storage) else None
 
     def reducer_override(self, obj: Any) -> Any:
+        """The call that makes a tensor when the file is loaded."""
         if not isinstance(obj, LazyTensor):
             return NotImplemented
         self.tensors.append(obj)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,9 @@ def _wanted(class_name: str, source: Source, like: str | None) -> Part:
     kind = _KINDS[class_name]
     if kind not in source.groups:
         raise ValueError(f"{source.path} holds no {kind} but only: {', '.join(source.groups)}.")
-    parts, _ = parts_of(source, hints_for(source, like))
+    needed = ("transformer", kind)  # the transformer tells the scale of the VAE
+    chosen = replace(source, groups={name: group for name, group in source.groups.items() if name in needed})
+    parts, _ = parts_of(chosen, hints_for(source, like))
     return parts[kind]
 
 
