@@ -86,6 +86,8 @@ def test_the_scale_of_a_vae(tmp_path):
     text = convert(ConvertOptions(str(alone), str(tmp_path / "assumed")))
     assert "assumed: scaling_factor 0.7" in text
     assert "--like 2b" in text
+    folder = converted(release, tmp_path / "only", only="vae")
+    assert StockVAE.from_pretrained(folder).config.scaling_factor == 1.15258426
     text = convert(ConvertOptions(str(alone), str(tmp_path / "named"), like="1.5-5b-i2v"))
     assert "assumed" not in text
     assert StockVAE.from_pretrained(tmp_path / "named").config.invert_scale_latents is True

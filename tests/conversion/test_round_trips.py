@@ -2,12 +2,17 @@
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from diffusers_cogvideox import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
+from diffusers_cogvideox.checkpoints.lora import to_peft
+from diffusers_cogvideox.conversion import loras
+from diffusers_cogvideox.conversion.convert import convert
+from diffusers_cogvideox.options import ConvertOptions
 from lora_cases import SPELLINGS, delta, factors, spelled
 from parity import TINY_TRANSFORMERS, StockPipeline, StockTransformer, StockVAE, randomize
 from sat_cases import converted, sat_transformer, sat_vae, tiny_transformer, tiny_vae, write_sat
@@ -195,7 +200,8 @@ def test_a_whole_sat_checkpoint_with_a_lora(tmp_path, merge):
         name.replace("query_key_value.", "query_key_value.original.").replace("dense.", "dense.original."): tensor
         for name, tensor in sat_transformer(model).items()
     }
-    folder = converted(write_sat(tmp_path / "run", base | spelled(lora, "sat")), tmp_path / "out", lora_alpha=2.0, merge_lora=merge)
+    run, options = write_sat(tmp_path / "run", base | spelled(lora, "sat")), {"lora_alpha": 2.0, "merge_lora": merge}
+    folder = converted(run, tmp_path / "out", verify=True, **options)
     found, state = StockTransformer.from_pretrained(folder).state_dict(), model.state_dict()
     assert (folder / "lora" / "pytorch_lora_weights.safetensors").exists() is not merge
     if not merge:
@@ -206,3 +212,26 @@ def test_a_whole_sat_checkpoint_with_a_lora(tmp_path, merge):
         torch.testing.assert_close(found[name] - state[name], delta(lora, block, target, 2.0), rtol=0, atol=1e-6)
         found[name] = state[name]
     assert_same(found, state)
+
+
+def negated(layers):
+    return {name: replace(layer, up=-layer.up) for name, layer in layers.items()}
+
+
+def test_a_lora_is_verified_too(tmp_path, monkeypatch):
+    run = write_sat(tmp_path / "run", spelled(factors(4), "sat"))
+    proof = "verified: 8 layers of the LoRA; what they add to the weights differs by 0.0e+00"
+    assert proof in convert(ConvertOptions(str(run), str(tmp_path / "lora"), lora_alpha=2.0, verify=True)).splitlines()
+    assert proof in convert(ConvertOptions(str(tmp_path / "lora"), str(tmp_path / "sat"), to="sat", verify=True)).splitlines()
+    monkeypatch.setattr(loras, "to_peft", lambda lora: to_peft(replace(lora, layers=negated(lora.layers))))
+    with pytest.raises(OSError, match="what the LoRA adds to the weights differs by"):
+        converted(run, tmp_path / "wrong", lora_alpha=2.0, verify=True)
+
+
+def test_a_model_with_a_lora_has_no_single_place_in_sat(tmp_path):
+    state = {**tiny_transformer("1.5-5b").state_dict(), **spelled(factors(4), "bare")}
+    torch.save(state, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="choose with --only transformer, --only lora or --merge-lora"):
+        converted(tmp_path / "model.pt", tmp_path / "sat", to="sat")
+    merged = converted(tmp_path / "model.pt", tmp_path / "sat", to="sat", merge_lora=True, lora_alpha=4.0)
+    assert (merged / "latest").exists()

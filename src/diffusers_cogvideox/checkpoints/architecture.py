@@ -36,7 +36,7 @@ def _check_no_contradiction(told: Mapping[str, Any], like: Mapping[str, Any]) ->
         f"{key} {like[key]} (tensors: {value})" for key, value in told.items() if key in like and (like[key] or None) != (value or None)
     ]
     if wrong:
-        raise ValueError(f"the config that it is to be like contradicts its tensors: {', '.join(wrong)}")
+        raise ValueError(f"the config that it is to be like (from --like, or beside it) contradicts its tensors: {', '.join(wrong)}")
 
 
 # --- transformer --------------------------------------------------------------------------------------------------------

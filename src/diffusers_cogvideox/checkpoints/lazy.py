@@ -49,10 +49,10 @@ class LazyTensor:
         return self if dtype == self.dtype else combine(lambda tensor: tensor.to(dtype), [self])
 
 
-Any_ = TypeVar("Any_", Tensor, LazyTensor)
+AnyTensor = TypeVar("AnyTensor", Tensor, LazyTensor)
 
 
-def combine(function: Callable[..., Tensor], tensors: Sequence[Any_]) -> Any_:
+def combine(function: Callable[..., Tensor], tensors: Sequence[AnyTensor]) -> AnyTensor:
     """`function` of tensors of any shape: at once where they are tensors, later where they are lazy.
 
     `function` must work on the meta device. What it raises about shapes, it raises here.

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .lazy import Any_, combine
+from .lazy import AnyTensor, combine
 
 __all__ = ["KeyRules", "Rule", "listed", "rename"]
 
@@ -89,7 +89,7 @@ class KeyRules:
     rules: Sequence[Rule]
     dropped: Mapping[str, str] = field(default_factory=dict)
 
-    def forward(self, tensors: Mapping[str, Any_]) -> dict[str, Any_]:
+    def forward(self, tensors: Mapping[str, AnyTensor]) -> dict[str, AnyTensor]:
         """Tensors, or lazy tensors, under their target names.
 
         Raises:
@@ -97,7 +97,7 @@ class KeyRules:
         """
         found = {name: self._find(name, self._sources()) for name in tensors}
         _refuse([name for name, match in found.items() if match is None and not self.reason_to_drop(name)], "no rule knows")
-        result: dict[str, Any_] = {}
+        result: dict[str, AnyTensor] = {}
         for name, match in found.items():
             if match is None:
                 continue
@@ -110,7 +110,7 @@ class KeyRules:
                     raise ValueError(f"{name}: {error}") from error
         return result
 
-    def backward(self, tensors: Mapping[str, Any_]) -> dict[str, Any_]:
+    def backward(self, tensors: Mapping[str, AnyTensor]) -> dict[str, AnyTensor]:
         """Tensors, or lazy tensors, under their source names, in the order of the table: undoes `forward`, bit for bit.
 
         Raises:

@@ -69,11 +69,11 @@ def convert(options: ConvertOptions) -> str:
             with atomic_path(target) as partial:
                 single = replace(output.weights[0], place=partial.name, stem=None)
                 Output([single]).write(partial.parent, max_bytes)
-                proof = verify(found.parts, partial, found.hints) if options.verify else []
+                proof = verify(found.parts, found.lora, partial, found.hints) if options.verify else []
         else:
             with atomic_folder(target) as partial:
                 output.write(partial, max_bytes)
-                proof = verify(found.parts, partial, found.hints) if options.verify else []
+                proof = verify(found.parts, found.lora, partial, found.hints) if options.verify else []
     except OSError as error:
         raise OSError(f"nothing was written to {target}: {error}") from error
     return "\n".join([*_report(found, output, target), *proof])
@@ -100,9 +100,9 @@ def _understand(options: ConvertOptions, dtype: torch.dtype | None) -> _Understo
     hints = hints_for(source, options.like)
     if options.only and options.only not in source.groups:
         raise ValueError(f"--only {options.only}: {source.path} holds only {', '.join(source.groups)}.")
+    parts, notes = parts_of(source, hints)  # the transformer is needed for the VAE's scale, even if only the VAE is written
     chosen = {kind: group for kind, group in source.groups.items() if options.only in (None, kind)}
-    source = replace(source, groups=chosen)
-    parts, notes = parts_of(source, hints)
+    source, parts = replace(source, groups=chosen), {name: part for name, part in parts.items() if name in chosen}
     lora = lora_of(chosen["lora"], hints.configs.get("lora"), options.lora_alpha) if "lora" in chosen else None
     if "text_encoder" in chosen:
         notes.append(f"left out: {len(chosen['text_encoder'].tensors)} tensors of the text encoder, which has a folder of its own")
@@ -162,6 +162,10 @@ def _diffusers(found: _Understood, options: ConvertOptions, dtype: torch.dtype |
 
 
 def _sat(found: _Understood, options: ConvertOptions, dtype: torch.dtype | None) -> Output:
+    if found.lora is not None and found.parts:
+        raise ValueError(
+            f"{found.source.path} holds a transformer and a LoRA: choose with --only transformer, --only lora or --merge-lora."
+        )
     output = to_sat.lora(found.lora, dtype) if found.lora is not None else Output()
     configs = {name: part.config for name, part in found.parts.items()}
     if found.lora is not None:

@@ -26,6 +26,7 @@ Config = Mapping[str, Any]
 MODELS: dict[Kind, type[nn.Module]] = {"transformer": CogVideoXTransformer3DModel, "vae": AutoencoderKLCogVideoX}
 """The class of each kind of part."""
 
+_PRECISIONS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _TABLE = "patch_embed.pos_embedding"
 
 
@@ -76,7 +77,11 @@ def in_dtype(part: Part, dtype: torch.dtype | None) -> Part:
         counts = {kind: sum(tensor.dtype == kind for tensor in part.tensors.values()) for kind in part.dtypes}
         stated = ", ".join(f"{str(kind).removeprefix('torch.')} ({count} tensors)" for kind, count in sorted(counts.items(), key=str))
         raise ValueError(f"{part.source} holds tensors in several precisions: {stated}. Choose one with --dtype.")
-    chosen = dtype or part.dtypes.copy().pop()
+    chosen = dtype or next(iter(part.dtypes))
+    if chosen not in _PRECISIONS:
+        raise ValueError(
+            f"{part.source} holds tensors in {str(chosen).removeprefix('torch.')}, which is not written: choose one with --dtype."
+        )
     return replace(part, tensors={name: tensor.to(chosen) for name, tensor in part.tensors.items()})
 
 

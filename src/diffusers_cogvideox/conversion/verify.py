@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.lazy import LazyTensor
+from ..checkpoints.lora import AdaptedLayer, Lora
 from ..checkpoints.rules import listed
 from ..geometry import DECODE_CHUNK, ENCODE_CHUNK
 from ..models.rope import rope_for
 from .hints import Hints, parts_of
+from .loras import lora_of
 from .parts import Part, model_on_meta
 from .sources import open_source
 
@@ -23,6 +25,7 @@ __all__ = ["compare_outputs", "hashes", "verify"]
 
 _SMALL = 2**30  # bytes of weights up to which all blocks of a transformer are computed with
 _BLOCKS = 2  # of a larger one
+_ROUNDING = 2**-7  # of a LoRA that was rounded to 16 bits
 _TOLERANCE = 1e-5  # of outputs, in float32: the weights are the same, to the bit
 
 
@@ -38,7 +41,7 @@ def _hash(tensor: LazyTensor) -> str:
     return digest.hexdigest()[:16]
 
 
-def verify(parts: Mapping[str, Part], written: Path, hints: Hints) -> list[str]:
+def verify(parts: Mapping[str, Part], lora: Lora | None, written: Path, hints: Hints) -> list[str]:
     """Open what was written, and compare it with what it was made of.
 
     Of every tensor of the source the hash is compared with that of the same tensor, made from the written ones through the rules in the
@@ -46,6 +49,7 @@ def verify(parts: Mapping[str, Part], written: Path, hints: Hints) -> list[str]:
 
     Args:
         parts: what was converted, in the precision of the result.
+        lora: the LoRA that was converted.
         written: the new folder.
         hints: as in the conversion.
 
@@ -55,9 +59,8 @@ def verify(parts: Mapping[str, Part], written: Path, hints: Hints) -> list[str]:
     Raises:
         OSError: something is not what it should be.
     """
-    source = open_source(written)
-    again, _ = parts_of(source, replace(hints, configs={**hints.configs, **source.configs}))
     lines = []
+    again = _read_again(written, hints) if parts else {}
     for name, part in parts.items():
         expected = hashes(_as_in_source(part))
         found = hashes(again[name].tensors if part.rules is None else part.rules.backward(again[name].tensors))
@@ -68,7 +71,31 @@ def verify(parts: Mapping[str, Part], written: Path, hints: Hints) -> list[str]:
         if not difference <= _TOLERANCE:
             raise OSError(f"verification failed: the outputs of the {name} differ by {difference:.1e}.")
         lines.append(f"verified: {len(expected)} tensors of the {name} are equal to the bit; outputs ({extent}) differ by {difference:.1e}")
-    return lines
+    return lines + ([] if lora is None else _verified_lora(lora, written / "lora" if parts else written))
+
+
+def _read_again(written: Path, hints: Hints) -> dict[str, Part]:
+    source = open_source(written)
+    return parts_of(source, replace(hints, configs={**hints.configs, **source.configs}))[0]
+
+
+def _verified_lora(lora: Lora, place: Path) -> list[str]:
+    """Compare what every layer of a LoRA adds to its weight, alpha / r * B A, with what the written one adds."""
+    source = open_source(place)
+    again = lora_of(source.groups["lora"], source.configs.get("lora"), next(iter(lora.layers.values())).alpha if place.is_file() else None)
+    if again.layers.keys() != lora.layers.keys():
+        raise OSError("verification failed: the layers of the LoRA are not those that it had.")
+    difference = max(float((_update(layer) - _update(again.layers[name])).abs().max()) for name, layer in lora.layers.items())
+    largest = max(float(_update(layer).abs().max()) for layer in lora.layers.values())
+    if not difference <= _ROUNDING * largest:
+        raise OSError(f"verification failed: what the LoRA adds to the weights differs by {difference:.1e}.")
+    return [f"verified: {len(lora.layers)} layers of the LoRA; what they add to the weights differs by {difference:.1e}"]
+
+
+def _update(layer: AdaptedLayer) -> Tensor:
+    """alpha / r * B A, flattened to (out, in)."""
+    assert layer.alpha is not None
+    return layer.alpha / layer.rank * (layer.up.float().flatten(1) @ layer.down.float().flatten(1))
 
 
 def _as_in_source(part: Part) -> Mapping[str, LazyTensor]:
