@@ -142,3 +142,13 @@ def test_the_shipped_model_and_its_way_back(tmp_path):
         assert same(getattr(pipe, name), getattr(theirs, name))
     with pytest.raises(ValueError, match="is a checkpoint of the original code already"):
         converted(tmp_path / "sat", tmp_path / "again", to="sat")
+
+
+def test_configs_of_early_uploads(tmp_path):
+    """The first CogVideoX-2B had two keys in its VAE's config that no version of the model reads."""
+    vae = tiny_vae()
+    vae.save_pretrained(tmp_path / "vae")
+    config = json.loads((tmp_path / "vae" / "config.json").read_text())
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(config | {"sample_size": 256, "mid_block_add_attention": True}))
+    again = converted(converted(tmp_path / "vae", tmp_path / "sat"), tmp_path / "again")
+    assert same(StockVAE.from_pretrained(again), vae)

@@ -10,6 +10,7 @@ import torch
 from diffusers.utils import logging
 
 from ..checkpoints.lora import Lora
+from ..checkpoints.rules import listed
 from ..checkpoints.writing import parse_bytes
 from ..files import atomic_folder, atomic_path
 from ..options import ConvertOptions
@@ -29,8 +30,8 @@ logger = logging.get_logger(__name__)
 
 _FILES = (".safetensors", ".pt", ".bin", ".ckpt")
 _NAMES = {"sat": "the original code (SAT)", "diffusers": "diffusers"}
-# Files and folders by which an output folder is known again as one.
-_MARKS = ("model_index.json", "config.json", "latest", "transformer", "vae", "3d-vae.pt", "pytorch_lora_weights.safetensors")
+# What an earlier result consists of, beside weight and JSON files: nothing else is ever replaced.
+_PARTS = {"latest", "1", "transformer", "vae", "text_encoder", "tokenizer", "scheduler", "lora", "3d-vae.pt", to_sat.T5_FOLDER}
 
 
 @dataclass(frozen=True)
@@ -89,9 +90,10 @@ def _check_output(target: Path, options: ConvertOptions) -> None:
         return
     if not options.overwrite:
         raise FileExistsError(f"{target} exists already: pass --overwrite to replace it, or choose another place.")
-    if target.is_dir() and not any((target / mark).exists() for mark in _MARKS):
+    entries = list(target.iterdir()) if target.is_dir() else []
+    if strange := [entry.name for entry in entries if entry.name not in _PARTS and entry.suffix not in (".safetensors", ".json")]:
         raise FileExistsError(
-            f"{target} is a folder with other things than a model, and is not replaced: delete it, or choose another place."
+            f"{target} holds other things than a model ({listed(strange)}), so it is not replaced: delete it, or choose another place."
         )
 
 

@@ -14,12 +14,11 @@ from torch import Tensor
 from ..checkpoints.lazy import LazyTensor, combine, lazily
 from ..checkpoints.lora import Lora, check_fits, read_lora, to_layout, to_peft, with_alpha
 from ..checkpoints.lora_config import DIFFUSERS_METADATA
-from ..checkpoints.lora_layouts import find_layout
 from .detect import Group
 from .parts import Part
 from .plan import Weights
 
-__all__ = ["diffusers_lora", "has_sat_names", "lora_of", "merged", "sat_lora", "sat_lora_config"]
+__all__ = ["diffusers_lora", "lora_of", "merged", "sat_lora", "sat_lora_config"]
 
 _PREFIX = "transformer."
 _FILE = "pytorch_lora_weights.safetensors"
@@ -87,9 +86,3 @@ def _sum(weight: Tensor, *, down: Tensor, up: Tensor, scale: float) -> Tensor:
         return weight
     update = scale * (up.float().flatten(1) @ down.float().flatten(1))
     return (weight.float() + update.view_as(weight)).to(weight.dtype)
-
-
-def has_sat_names(group: Group) -> bool:
-    """Whether a LoRA is in the original code's layout."""
-    layout = find_layout(group.tensors)
-    return layout is not None and layout.name == "sat"

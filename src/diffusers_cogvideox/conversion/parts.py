@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -106,7 +107,7 @@ def transformer_part(group: Group, like: Config | None = None) -> Part:
             rules = transformer_rules(learned_positions=POSITIONS in names and has_rotary)
             tensors = rules.forward(names)
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        config = transformer_config(shapes, rotary=rotary, like=like)
+        config = _known("transformer", transformer_config(shapes, rotary=rotary, like=like))
         if rules is not None:
             config |= read_sizes(names, config)
         part = Part("transformer", config, tensors, group, rules, _left_out(rules, names))
@@ -134,9 +135,16 @@ def vae_part(group: Group, *, transformer: Config | None = None, like: Config | 
         rules = vae_rules(vae_levels(names)) if group.layout == "sat" else None
         tensors = rules.forward(names) if rules else dict(names)
         config = vae_config({name: tensor.shape for name, tensor in tensors.items()}, family=family, like=like)
+        config = _known("vae", config)
         return _checked(Part("vae", config, tensors, group, rules, _left_out(rules, names)))
     except ValueError as error:
         raise ValueError(f"{group.source} cannot be converted as a VAE: {error}.") from error
+
+
+def _known(kind: Kind, config: Config) -> dict[str, Any]:
+    """The entries of a config that the model has; early uploads carry others, which no version of it reads."""
+    known = inspect.signature(MODELS[kind].__init__).parameters
+    return {key: value for key, value in config.items() if key in known}
 
 
 def _left_out(rules: KeyRules | None, names: Iterable[str]) -> dict[str, str]:
