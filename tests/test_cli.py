@@ -30,6 +30,8 @@ OPTIONS = {
     "decode": {"latents", "--model", "--output", "--layout", "--fps", "--dtype", "--device", "--tiling", "--no-tiling"}
     | {"--overwrite", "--no-overwrite"},
     "info": {"model", "--json", "--no-json"},
+    "convert": {"input", "output", "--to", "--dtype", "--max-shard-size", "--text-encoder", "--like", "--only", "--lora-alpha"}
+    | {f"--{no}{name}" for name in ("merge-lora", "verify", "trust-pickle", "overwrite") for no in ("", "no-")},
     "evaluate": {"what", "model", "--output", "--prompts", "--untrained-prompts", "--batch-size", "--baselines", "--no-baselines"}
     | SAMPLING,
 }

@@ -1,5 +1,6 @@
 """Every script in examples/ runs, on a tiny pipeline in place of the shipped one, and makes the file that it names."""
 
+import dataclasses
 import json
 import runpy
 import sys
@@ -8,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffusers_cogvideox import cli
+from diffusers_cogvideox.options import ConvertOptions
 from tiny_pipeline import save_stock_folder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,3 +62,15 @@ def test_vae_benchmark_runs_in_small(tmp_path, monkeypatch, capsys):
     assert measured["error"]["encode"]["float32"]["relative_rms"] < 5e-6
     assert result.with_suffix(".png").stat().st_size > 0
     assert "| decode, float32, CPU, 5 x 16 x 16: seconds (times as fast) |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "target"), [("sat_to_diffusers", "diffusers"), ("diffusers_to_sat", "sat")])
+def test_conversion_scripts(name, target, tmp_path, monkeypatch):
+    handed = []
+    monkeypatch.setitem(
+        cli.VERBS, "convert", dataclasses.replace(cli.VERBS["convert"], run=lambda options: handed.append(options) or "done")
+    )
+    monkeypatch.setattr(sys, "argv", [name, "in", "out", "--verify"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(ROOT / "conversion" / f"{name}.py"), run_name="__main__")
+    assert handed == [ConvertOptions("in", "out", to=target, verify=True)]

@@ -14,6 +14,7 @@ from diffusers import AutoModel, ConsisIDTransformer3DModel, DiffusionPipeline
 from diffusers.hooks import FirstBlockCacheConfig, LayerSkipConfig, PyramidAttentionBroadcastConfig
 from diffusers.hooks._helpers import AttentionProcessorRegistry, TransformerBlockRegistry
 from diffusers.hooks.layer_skip import apply_layer_skip
+from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from diffusers.pipelines.cogview3 import pipeline_cogview3plus
 from diffusers.pipelines.consisid import pipeline_consisid
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
@@ -44,6 +45,7 @@ def touched() -> dict[str, object]:
         "libraries": {name: dict(classes) for name, classes in LOADABLE_CLASSES.items()},
         "blocks": dict(TransformerBlockRegistry._registry),
         "processors": dict(AttentionProcessorRegistry._registry),
+        "single files": set(SINGLE_FILE_LOADABLE_CLASSES),
     }
 
 
@@ -64,6 +66,8 @@ def test_extending_adds_and_replaces_nothing(monkeypatch: pytest.MonkeyPatch):
         (processors, host.CogVideoXAttnProcessor),
         (LOADABLE_CLASSES, ours.__name__),
         (vars(diffusers), "CogVideoXScheduler"),
+        (vars(diffusers), host.SINGLE_FILE),
+        (SINGLE_FILE_LOADABLE_CLASSES, host.SINGLE_FILE),
     ):
         monkeypatch.delitem(table, key)
     without = touched()
@@ -71,7 +75,8 @@ def test_extending_adds_and_replaces_nothing(monkeypatch: pytest.MonkeyPatch):
     assert blocks.keys() - without["blocks"].keys() == {host.CogVideoXBlock}
     assert processors.keys() - without["processors"].keys() == {host.CogVideoXAttnProcessor}
     assert {**without["libraries"], ours.__name__: {}} == LOADABLE_CLASSES
-    assert set(vars(diffusers)) - without["all"] == {"CogVideoXScheduler"}
+    assert set(vars(diffusers)) - without["all"] == {"CogVideoXScheduler", host.SINGLE_FILE}
+    assert SINGLE_FILE_LOADABLE_CLASSES.keys() - without["single files"] == {host.SINGLE_FILE}
     assert {name: vars(diffusers).get(name, "lazy") for name in host.REPLACED} == {
         name: without["attributes"][name] for name in host.REPLACED
     }
@@ -299,5 +304,7 @@ def test_layer_skip_of_attention_alone(folder: Path):
 def test_private_names_of_diffusers_are_where_host_expects_them():
     assert isinstance(LOADABLE_CLASSES, dict)
     assert LOADABLE_CLASSES[ours.__name__] == {}
+    assert issubclass(ours.AutoencoderKLCogVideoX, getattr(diffusers, host.SINGLE_FILE))
+    assert SINGLE_FILE_LOADABLE_CLASSES[host.SINGLE_FILE] == {"checkpoint_mapping_fn": host.as_diffusers}
     assert TransformerBlockRegistry.get(host.CogVideoXBlock)._cls is host.CogVideoXBlock
     assert AttentionProcessorRegistry.get(host.CogVideoXAttnProcessor).skip_processor_output_fn is host._skip_attention

@@ -24,7 +24,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
-from .options import DecodeOptions, EvaluateOptions, GenerateOptions, InfoOptions, MistakesError
+from .options import ConvertOptions, DecodeOptions, EvaluateOptions, GenerateOptions, InfoOptions, MistakesError
 from .training.config import TrainConfig
 
 __all__ = ["VERBS", "Verb", "main", "parser_for"]
@@ -51,6 +51,12 @@ def _info(options: InfoOptions) -> str:
     from .generation.info import info
 
     return info(options)
+
+
+def _convert(options: ConvertOptions) -> str:
+    from .conversion.convert import convert
+
+    return convert(options)
 
 
 def _evaluate(options: EvaluateOptions) -> str:
@@ -121,6 +127,7 @@ VERBS = {
     "generate": Verb("make videos of what a prompt says", GenerateOptions, _generate, "PROMPT"),
     "decode": Verb("make the video of saved latents", DecodeOptions, _decode, "LATENTS.safetensors"),
     "info": Verb("tell what a checkpoint is", InfoOptions, _info, "[MODEL]", ("model",)),
+    "convert": Verb("turn checkpoints of one layout into another", ConvertOptions, _convert, "INPUT OUTPUT"),
     "evaluate": Verb("measure how well a model shows what prompts say", EvaluateOptions, _evaluate, "shapes [MODEL]", ("model",)),
     "train": Verb("train a model as a YAML file says", TrainConfig, _train, "CONFIG.yaml", reads_file=True),
 }
@@ -255,7 +262,7 @@ def _top_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="cogvideox",
         usage="cogvideox VERB ...",
-        description="Make, inspect, measure and train CogVideoX video models.",
+        description="Make, inspect, convert, measure and train CogVideoX video models.",
         epilog=f'verbs:\n{verbs}\n\n`cogvideox VERB --help` tells what a verb needs. Try: cogvideox generate "a red circle moves right"',
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -1,14 +1,15 @@
-"""Files that appear whole or not at all."""
+"""Files and folders that appear whole or not at all."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["atomic_path", "check_writable"]
+__all__ = ["atomic_folder", "atomic_path", "check_writable"]
 
 
 def check_writable(path: str | os.PathLike[str]) -> Path:
@@ -44,3 +45,27 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A new, hidden folder beside `path`; it takes the place of `path`, and of what is there, when the block ends, or is deleted.
+
+    Raises OSError as `check_writable` does, before the block runs.
+    """
+    target = Path(path).resolve()  # a name to put another beside, also for "."
+    if not target.is_dir():
+        check_writable(target)
+    partial = target.with_name(f".{target.name}-{uuid.uuid4().hex[:8]}.partial")
+    try:
+        partial.mkdir()
+        yield partial
+        if target.is_dir():
+            old = partial.with_suffix(".old")
+            target.rename(old)
+            partial.rename(target)
+            shutil.rmtree(old)
+        else:
+            partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

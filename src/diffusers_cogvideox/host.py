@@ -21,11 +21,14 @@ from diffusers.hooks._helpers import (
     TransformerBlockMetadata,
     TransformerBlockRegistry,
 )
+from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
+from .conversion.single_file import as_diffusers, classes_in, read_single_file
 from .models.attention import CogVideoXAttnProcessor
 from .models.autoencoder import AutoencoderKLCogVideoX
+from .models.single_file import SingleFileMixin
 from .models.transformer import CogVideoXBlock, CogVideoXTransformer3DModel
 from .pipelines.continuation import CogVideoXContinuationPipeline
 from .pipelines.fun_control import CogVideoXFunControlPipeline
@@ -36,7 +39,7 @@ from .pipelines.portability import portable
 from .pipelines.video_to_video import CogVideoXVideoToVideoPipeline
 from .schedulers.scheduler import CogVideoXScheduler
 
-__all__ = ["ADDED", "REPLACED", "extend", "register", "registered", "unregister"]
+__all__ = ["ADDED", "REPLACED", "SINGLE_FILE", "extend", "register", "registered", "unregister"]
 
 REPLACED: dict[str, type] = {
     cls.__name__: cls
@@ -60,6 +63,9 @@ def _record_portably(pipeline: DiffusionPipeline, /, **entries: Any) -> None:
     super(DiffusionPipeline, pipeline).register_to_config(**portable(entries))
 
 
+SINGLE_FILE = "CogVideoXSingleFileMixin"
+"""Under this name diffusers' table of single files, and so the diffusers module, knows the base class of our two models."""
+
 # (owner, attribute, what `register` puts there)
 _PLACES: list[tuple[Any, str, type | Callable[..., None]]] = [
     *((diffusers, name, cls) for name, cls in REPLACED.items()),
@@ -77,6 +83,10 @@ def extend() -> None:
         CogVideoXBlock, TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=1)
     )
     AttentionProcessorRegistry.register(CogVideoXAttnProcessor, AttentionProcessorMetadata(skip_processor_output_fn=_skip_attention))
+    SingleFileMixin.single_file_reader = staticmethod(read_single_file)
+    SingleFileMixin.single_file_classes = staticmethod(classes_in)
+    SINGLE_FILE_LOADABLE_CLASSES.setdefault(SINGLE_FILE, {"checkpoint_mapping_fn": as_diffusers})
+    setattr(diffusers, SINGLE_FILE, SingleFileMixin)
     for cls in ADDED:
         if not hasattr(diffusers, cls.__name__):
             setattr(diffusers, cls.__name__, cls)

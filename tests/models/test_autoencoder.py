@@ -1,12 +1,11 @@
 """The VAE against stock, against the original code's recorded outputs, and by the properties it promises."""
 
-import re
-
 import pytest
 import torch
 from diffusers.hooks import apply_group_offloading
 from safetensors.torch import load_file
 
+from diffusers_cogvideox.checkpoints.sat import vae_rules
 from diffusers_cogvideox.models.autoencoder import AutoencoderKLCogVideoX
 from diffusers_cogvideox.presets import PRESETS
 from parity import TINY_VAE, StockVAE, randomize, twins
@@ -135,27 +134,12 @@ def test_folders_go_both_ways(pair, tmp_path):
 # --- equal to the original code ---------------------------------------------------------------------------------------
 
 
-def from_sat(name, levels=4):
-    """Our name of a tensor of the original VAE."""
-    name = re.sub(r"mid\.block_(\d)", lambda m: f"mid_block.resnets.{int(m[1]) - 1}", name)
-    name = re.sub(r"decoder\.up\.(\d)", lambda m: f"decoder.up_blocks.{levels - 1 - int(m[1])}", name)
-    for old, new in (
-        ("encoder.down.", "encoder.down_blocks."),
-        (".block.", ".resnets."),
-        (".downsample.", ".downsamplers.0."),
-        (".upsample.", ".upsamplers.0."),
-        (".nin_shortcut.", ".conv_shortcut."),
-    ):
-        name = name.replace(old, new)
-    return name
-
-
 @pytest.fixture
 def original(reference):
     """The original VAE's weights in our model, and its recorded inputs and outputs."""
     weights = torch.load(reference / "sat" / "vae_3d-vae.pt", weights_only=True)["state_dict"]
     vae = AutoencoderKLCogVideoX(**SAT_CONFIG).eval()
-    vae.load_state_dict({from_sat(name): value.float() for name, value in weights.items() if not name.startswith("loss.")})
+    vae.load_state_dict({name: value.float() for name, value in vae_rules(levels=4).forward(weights).items()})
     return vae, load_file(reference / "sat" / "v10_vae_io.safetensors")
 
 

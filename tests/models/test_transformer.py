@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from diffusers_cogvideox.checkpoints.sat import MODEL_PREFIX, transformer_rules
 from diffusers_cogvideox.models.rope import rope_for
 from diffusers_cogvideox.models.transformer import CogVideoXTransformer3DModel, initialize_for_training
 from diffusers_cogvideox.presets import PRESETS
@@ -104,54 +105,12 @@ def test_bfloat16_error_is_not_above_stocks(variant, autocast):
 
 # --- the original code ------------------------------------------------------------------------------------------------
 
-SAT_NAMES = (
-    ("time_embed.0", "time_embedding.linear_1"),
-    ("time_embed.2", "time_embedding.linear_2"),
-    ("mixins.patch_embed.", "patch_embed."),
-    ("mixins.pos_embed.pos_embedding", "patch_embed.pos_embedding"),
-    ("mixins.final_layer.norm_final", "norm_out.norm"),
-    ("mixins.final_layer.adaLN_modulation.1", "norm_out.linear"),
-    ("mixins.final_layer.linear", "proj_out"),
-    ("transformer.final_layernorm", "norm_final"),
-    ("transformer.layers.", "transformer_blocks."),
-    ("attention.dense", "attn1.to_out.0"),
-    ("input_layernorm", "norm1.norm"),
-    ("post_attention_layernorm", "norm2.norm"),
-    ("mlp.dense_h_to_4h", "ff.net.0.proj"),
-    ("mlp.dense_4h_to_h", "ff.net.2"),
-)
-
-
-def from_sat(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The least of a converter: names of the original code to ours, fused tensors split."""
-    out = {}
-    for key, value in state.items():
-        key = key.removeprefix("model.diffusion_model.")
-        kind, tail = key.rsplit(".", 1)
-        if "position_embeddings" in key or "word_embeddings" in key or ".freqs_" in key:
-            continue
-        if "query_key_value" in key:
-            for name, part in zip("qkv", value.chunk(3), strict=True):
-                out[f"transformer_blocks.{key.split('.')[2]}.attn1.to_{name}.{tail}"] = part
-        elif "adaLN_modulations" in key:
-            rows = value.chunk(12)
-            for norm, order in (("norm1", (0, 1, 2, 6, 7, 8)), ("norm2", (3, 4, 5, 9, 10, 11))):
-                out[f"transformer_blocks.{kind.split('.')[-2]}.{norm}.linear.{tail}"] = torch.cat([rows[i] for i in order])
-        elif "_layernorm_list" in key:
-            out[f"transformer_blocks.{kind.split('.')[-1]}.attn1.norm_{key.split('adaln_layer.')[1][0]}.{tail}"] = value
-        else:
-            for theirs, ours in SAT_NAMES:
-                key = key.replace(theirs, ours)
-            out[key] = value
-    return out
-
 
 @pytest.mark.parametrize(("name", "variant"), [("v10_2b", "2b"), ("v10_5b", "5b"), ("v10_5b_i2v", "5b-i2v"), ("v15_5b", "1.5-5b")])
 def test_recorded_outputs_of_the_original_code(name, variant, reference):
     checkpoint = torch.load(reference / "sat" / f"{name}_mp_rank_00_model_states.pt", weights_only=True)["module"]
-    state = {k: v.float() for k, v in from_sat(checkpoint).items()}
-    if variant == "2b":
-        state.pop("patch_embed.pos_embedding")  # fixed sin-cos, computed here
+    named = {key.removeprefix(MODEL_PREFIX): value for key, value in checkpoint.items()}
+    state = {key: value.float() for key, value in transformer_rules(variant == "5b-i2v").forward(named).items()}
     model = CogVideoXTransformer3DModel(**TINY_TRANSFORMERS[variant]).eval()
     model.load_state_dict(state)
     io = load_file(reference / "sat" / f"{name}_io.safetensors")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from .layers import LAYERS
 from .rules import KeyRules, rename
 
-__all__ = ["ALPHA", "DOWN", "LAYOUTS", "MAGNITUDE", "ROLES", "SAT_TARGETS", "UP", "Layout", "find_layout"]
+__all__ = ["ALPHA", "DOWN", "LAYOUTS", "MAGNITUDE", "ROLES", "SAT_TARGETS", "UP", "Layout", "find_layout", "is_adapter"]
 
 DOWN, UP, ALPHA, MAGNITUDE = "lora_A.weight", "lora_B.weight", "alpha", "lora_magnitude_vector"
 ROLES = (DOWN, UP, ALPHA, MAGNITUDE)
@@ -109,3 +109,8 @@ def find_layout(names: Iterable[str]) -> Layout | None:
     """The layout of a file with tensors of these names; None when none of them belongs to a LoRA."""
     adapters = [name for name in names if _ANY_ROLE.search(name)]
     return next((layout for layout in LAYOUTS if any(re.search(layout.marker, name) for name in adapters)), None)
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a tensor of this name belongs to a LoRA."""
+    return bool(_ANY_ROLE.search(name)) or name.endswith(f".{ALPHA}")

@@ -1,4 +1,4 @@
-"""Tensor files as they come from the world: safetensors or pickles, told apart by their content, opened without running any code."""
+"""Tensor files as they come from the world: safetensors or pickles, told apart by their content, opened without running their code."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-__all__ = ["read_tensors"]
+__all__ = ["inside", "is_gguf", "read_content", "read_tensors"]
 
 _WRAPPERS = ("model", "module", "state_dict")  # what SAT, DeepSpeed and Lightning wrap a state dict in
 # Training files of SAT and DeepSpeed hold the state of NumPy's generator, an array; rebuilding arrays runs no foreign code.
@@ -25,6 +25,25 @@ _ARRAYS: list[Any] = [
     np.dtype,
     type(np.dtype(np.uint32)),
 ]
+
+
+class _Inert:
+    """Stands in the place of DeepSpeed's bookkeeping: keeps what it is given, does nothing."""
+
+    def __init__(self, *content: Any) -> None:
+        self.content = content
+
+
+_DEEPSPEED: list[Any] = [
+    (_Inert, f"deepspeed.{name}")
+    for name in (
+        "runtime.fp16.loss_scaler.LossScaler",
+        "runtime.fp16.loss_scaler.DynamicLossScaler",
+        "runtime.zero.config.ZeroStageEnum",
+        "utils.tensor_fragment.fragment_address",
+    )
+]
+_TRUST = "If you trust whoever made it: `cogvideox convert --trust-pickle` runs that code, with all your rights, and saves the tensors."
 # First bytes of what is saved by mistake in the place of weights.
 _NO_WEIGHTS = {
     b"<": "a web page",
@@ -33,7 +52,7 @@ _NO_WEIGHTS = {
 }
 
 
-def read_tensors(path: Path, *, allow_pickle: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(path: Path, *, allow_pickle: bool = True, trusted: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors of a file by name, mapped from disk where the format allows it, and the file's own metadata (strings by name).
 
     Pickles are opened with `weights_only=True`; dictionaries around the state dict ("module", "state_dict", "model") are taken off.
@@ -41,23 +60,58 @@ def read_tensors(path: Path, *, allow_pickle: bool = True) -> tuple[dict[str, Te
     Args:
         path: a safetensors file under any name, or a torch pickle (.pt, .bin, .ckpt).
         allow_pickle: False refuses pickles.
+        trusted: run the code in a pickle that needs it.
 
     Raises:
         FileNotFoundError: for a path that is no file.
         OSError: for a file that is cut off, is no weight file, or is a pickle that needs code to be run.
     """
+    start = _start(path)
+    if start[8:9] == b"{":
+        return _read_safetensors(path)
+    if not allow_pickle and not _what_it_is(start):
+        raise OSError(f"{path} is not a safetensors file, and use_safetensors=True allows no other.")
+    return _tensors(_unwrapped(read_content(path, trusted=trusted)), path), {}
+
+
+def read_content(path: Path, *, trusted: bool = False) -> Any:
+    """Everything in a torch pickle, as it is nested; tensors are mapped from disk where the format allows it.
+
+    Raises:
+        FileNotFoundError, OSError: as `read_tensors`.
+    """
+    if kind := _what_it_is(_start(path)):
+        raise OSError(f"{path} is no weight file but {kind}. Download it again.")
+    return _read_pickle(path, trusted)
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a file is in the format of llama.cpp, with quantised tensors."""
+    return _start(path)[:4] == b"GGUF"
+
+
+def inside(folder: Path, name: str, source: Path) -> Path:
+    """`folder / name`, for a name that a file says.
+
+    Raises:
+        OSError: it leads out of the folder; the message names the file that says so.
+    """
+    path = folder / name
+    if folder.resolve() not in path.resolve().parents:
+        raise OSError(f"{source} names {name!r}, which is outside of its folder, so it is refused.")
+    return path
+
+
+def _start(path: Path) -> bytes:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}.")
     with path.open("rb") as stream:
-        start = stream.read(64)
-    if start[8:9] == b"{":
-        return _read_safetensors(path)
-    for beginning, kind in _NO_WEIGHTS.items():
-        if start.lstrip().startswith(beginning):
-            raise OSError(f"{path} is no weight file but {kind}. Download it again.")
-    if not allow_pickle:
-        raise OSError(f"{path} is not a safetensors file, and use_safetensors=True allows no other.")
-    return _read_pickle(path), {}
+        return stream.read(64)
+
+
+def _what_it_is(start: bytes) -> str | None:
+    """What a file is by its first bytes, if it is something that is mistaken for weights."""
+    return next((kind for beginning, kind in _NO_WEIGHTS.items() if start.lstrip().startswith(beginning)), None)
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -68,16 +122,28 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise OSError(f"{path} is corrupt or was not copied completely ({error}). Copy or download it again.") from error
 
 
-def _read_pickle(path: Path) -> dict[str, Tensor]:
+def _read_pickle(path: Path, trusted: bool) -> Any:
+    is_zip = zipfile.is_zipfile(path)
     try:
-        with torch.serialization.safe_globals(_ARRAYS):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        if is_zip:
+            _check_sizes(path)
+        with torch.serialization.safe_globals([*_ARRAYS, *_DEEPSPEED]):
+            return torch.load(path, map_location="cpu", weights_only=not trusted, mmap=is_zip)
     except UnpicklingError as error:
         raise _refused(path, str(error)) from error
-    except (RuntimeError, EOFError, ValueError, OSError, SafetensorError) as error:  # torch reads what is named .safetensors as such
+    except (RuntimeError, EOFError, ValueError, OSError, SafetensorError, zipfile.BadZipFile) as error:  # torch reads .safetensors as such
         reason = str(error).splitlines()[0] if str(error) else "it ends too early"
         raise OSError(f"{path} is corrupt or was not copied completely ({reason}). Copy or download it again.") from error
-    return _tensors(_unwrapped(content), path)
+
+
+def _check_sizes(path: Path) -> None:
+    """Refuse an archive whose parts claim more bytes than it has, or would grow when they are unpacked."""
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise ValueError("it is compressed, which PyTorch never does")
+    if (claimed := sum(entry.file_size for entry in entries)) > path.stat().st_size:
+        raise ValueError(f"its parts claim {claimed} bytes, but it has {path.stat().st_size}")
 
 
 def _refused(path: Path, reason: str) -> OSError:
@@ -85,7 +151,7 @@ def _refused(path: Path, reason: str) -> OSError:
     if code := re.search(r"(?:GLOBAL|function|class) (\S+\.\w+)", reason):
         return OSError(
             f"{path} cannot be opened without running code that it contains ({code[1]}), so it is refused. Have it saved again as "
-            "safetensors by somebody who trusts it."
+            f"safetensors. {_TRUST}"
         )
     return OSError(f"{path} is no weight file, or is corrupt, so it is refused. Copy or download it again.")
 

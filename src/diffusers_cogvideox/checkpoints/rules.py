@@ -11,10 +11,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .lazy import AnyTensor, combine
+
 __all__ = ["KeyRules", "Rule", "listed", "rename"]
 
 # What stands in the place of `{layer}` and `{kind}` in a name.
 _PLACEHOLDERS = {"layer": r"\d+", "kind": "weight|bias"}
+_KINDS = ("weight", "bias")  # the order in which modules keep them
 _LISTED = 4
 
 
@@ -38,17 +41,21 @@ class Rule:
         """Number of pieces that the source consists of."""
         return sum(map(len, self.parts.values()))
 
-    def split(self, tensor: Tensor) -> list[Tensor]:
-        """The parts of a source tensor (pieces * n, ...). Raises ValueError when it cannot be cut evenly."""
+    def part(self, tensor: Tensor, name: str) -> Tensor:
+        """One part of a source tensor (pieces * n, ...): a view where it is one piece.
+
+        Raises:
+            ValueError: it cannot be cut evenly.
+        """
         if self.pieces == 1:
-            return [tensor]
+            return tensor
         if tensor.ndim == 0 or len(tensor) % self.pieces:
             raise ValueError(f"shape {tuple(tensor.shape)} cannot be cut into {self.pieces} equal pieces along the first axis")
-        cut = tensor.chunk(self.pieces)
-        return [torch.cat([cut[index] for index in chosen]) for chosen in self.parts.values()]
+        cut, chosen = tensor.chunk(self.pieces), self.parts[name]
+        return cut[chosen[0]] if len(chosen) == 1 else torch.cat([cut[index] for index in chosen])
 
-    def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """The source tensor (pieces * n, ...) of its parts, given in the order of `self.parts`: undoes `split`."""
+    def join(self, *parts: Tensor) -> Tensor:
+        """The source tensor (pieces * n, ...) of all its parts, given in the order of `self.parts`: undoes `part`."""
         if self.pieces == 1:
             return parts[0]
         cut: dict[int, Tensor] = {}
@@ -82,28 +89,29 @@ class KeyRules:
     rules: Sequence[Rule]
     dropped: Mapping[str, str] = field(default_factory=dict)
 
-    def forward(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors under their target names.
+    def forward(self, tensors: Mapping[str, AnyTensor]) -> dict[str, AnyTensor]:
+        """Tensors, or lazy tensors, under their target names.
 
         Raises:
             ValueError: lists names that no rule claims, names that are given twice, and tensors that cannot be cut.
         """
         found = {name: self._find(name, self._sources()) for name in tensors}
-        _refuse([name for name, match in found.items() if match is None and not self._is_dropped(name)], "no rule knows")
-        result: dict[str, Tensor] = {}
+        _refuse([name for name, match in found.items() if match is None and not self.reason_to_drop(name)], "no rule knows")
+        result: dict[str, AnyTensor] = {}
         for name, match in found.items():
             if match is None:
                 continue
-            targets = [part.format(**match.values) for part in match.rule.parts]
-            _refuse([target for target in targets if target in result], "given twice, under several spellings:")
-            try:
-                result.update(zip(targets, match.rule.split(tensors[name]), strict=True))
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from error
+            for part in match.rule.parts:
+                target = part.format(**match.values)
+                _refuse([target] if target in result else [], "given twice, under several spellings:")
+                try:
+                    result[target] = combine(functools.partial(match.rule.part, name=part), [tensors[name]])
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from error
         return result
 
-    def backward(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors under their source names: undoes `forward`, bit for bit.
+    def backward(self, tensors: Mapping[str, AnyTensor]) -> dict[str, AnyTensor]:
+        """Tensors, or lazy tensors, under their source names, in the order of the table: undoes `forward`, bit for bit.
 
         Raises:
             ValueError: lists names that no rule claims, and the missing parts of tensors that must be joined.
@@ -112,14 +120,22 @@ class KeyRules:
         _refuse([name for name, match in found.items() if match is None], "no rule knows")
         sources = {match.rule.source.format(**match.values): match for match in found.values() if match}
         result = {}
-        for source, match in sources.items():
+        for source, match in sorted(sources.items(), key=lambda item: self._place(item[1])):
             parts = [part.format(**match.values) for part in match.rule.parts]
             _refuse([part for part in parts if part not in tensors], f"{source} lacks its parts")
-            result[source] = match.rule.join([tensors[part] for part in parts])
+            result[source] = combine(match.rule.join, [tensors[part] for part in parts])
         return result
 
-    def _is_dropped(self, name: str) -> bool:
-        return any(re.search(pattern, name) for pattern in self.dropped)
+    def reason_to_drop(self, name: str) -> str | None:
+        """Why a source name has no counterpart; None for one that has, or that is unknown."""
+        return next((reason for pattern, reason in self.dropped.items() if re.search(pattern, name)), None)
+
+    def _place(self, found: _Found) -> tuple[int, int, int, int]:
+        """Where a source name stands among the others: layer by layer where several rules begin with the same numbered layer."""
+        stem = found.rule.source.partition("{layer}")[0]
+        first = next(index for index, rule in enumerate(self.rules) if rule.source.startswith(stem))
+        kind = _KINDS.index(found.values.get("kind", "weight"))
+        return first, int(found.values.get("layer", 0)), self.rules.index(found.rule), kind
 
     def _sources(self) -> Iterator[tuple[Rule, str]]:
         return ((rule, rule.source) for rule in self.rules)

@@ -22,6 +22,7 @@ from .causal_conv import ConvCache
 from .host_cache import HostConvCache
 from .leaves import forget
 from .rowwise import Rowwise
+from .single_file import SingleFileMixin
 from .textbook import Textbook
 from .tiling import map_tiles
 from .vae_blocks import Arithmetic, Decoder, Encoder, Tower
@@ -63,7 +64,7 @@ class _Coder:
             return self(x, Rowwise(cache, z, saving.bands, dtype, x.device, saving.lean))
 
 
-class AutoencoderKLCogVideoX(TilingMixin, ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[misc]
+class AutoencoderKLCogVideoX(TilingMixin, ModelMixin, AutoencoderMixin, ConfigMixin, SingleFileMixin):  # type: ignore[misc]
     """Video (B, 3, F, H, W) in [-1, 1] <-> latents (B, C_z, f, h, w), f = (F - 1) / 4 + 1, h = H / 8, w = W / 8.
 
     Frames are processed in chunks (8 frames when encoding, 2 latent frames when decoding, the remainder in the first chunk),

@@ -22,11 +22,12 @@ from .attention import with_separate_projections
 from .block import AdaLayerNorm, CogVideoXBlock, FinalLayerNorm, TokenNorm
 from .embeddings import CogVideoXPatchEmbed, embed_scalar, unpatchify
 from .feature_cache import CheckedCacheMixin
+from .single_file import SingleFileMixin
 
 __all__ = ["CogVideoXBlock", "CogVideoXTransformer3DModel", "initialize_for_training"]
 
 
-class CogVideoXTransformer3DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CheckedCacheMixin):  # type: ignore[misc]
+class CogVideoXTransformer3DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CheckedCacheMixin, SingleFileMixin):  # type: ignore[misc]
     """Predicts the velocity of noisy video latents from text features and the timestep: every CogVideoX 1.0, 1.5 and Fun transformer.
 
     The arguments are the keys of the released config.json files.

@@ -29,6 +29,7 @@ from .portability import PortablePipeline
 from .prompts import PromptInputs
 from .request import OUTPUT_TYPES, Request
 from .sampling import Stepper, check_scheduler, set_timesteps
+from .single_file import SingleFilePipelineMixin
 
 __all__ = ["CogVideoXPipelineBase"]
 
@@ -39,7 +40,7 @@ Walk = Callable[[Tensor], tuple[Tensor, Stepper]]
 """The scheduler's timesteps (N,) -> the timesteps (M,) to walk, and the step to walk them with."""
 
 
-class CogVideoXPipelineBase(PortablePipeline, CogVideoXLoraMixin, InversionMixin):
+class CogVideoXPipelineBase(SingleFilePipelineMixin, PortablePipeline, CogVideoXLoraMixin, InversionMixin):
     """Components, state and the course of one call of every CogVideoX pipeline.
 
     A task is a subclass whose `__call__` makes the `Condition` of a `Request`, and hands both to `generate`. Callbacks may set
