@@ -96,6 +96,14 @@ def test_means_far_from_zero_lose_nothing(vae):
     assert_equal(coded(vae, x, z), textbook(vae, x, z))
 
 
+def test_pictures_of_one_colour(vae):
+    """Nothing but the border gives the groups a variance."""
+    x = torch.tensor([0.7, -0.8, -0.6]).view(1, 3, 1, 1, 1).expand(-1, -1, 9, 64, 96)
+    found, expected = coded(vae, x, torch.zeros(1, 4, 3, 8, 12)), textbook(vae, x, torch.zeros(1, 4, 3, 8, 12))
+    for mine, plain in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, plain, rtol=0, atol=1e-4)
+
+
 def test_real_latents(vae, reference):
     """A part of a real video's latents, 13 frames of them, through random weights."""
     latents = load_file(reference / "latents" / "real_13x60x90.safetensors")["latents"][:, :, :, 20:27, 40:49].float()

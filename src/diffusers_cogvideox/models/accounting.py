@@ -79,6 +79,7 @@ class Accounting:
         """x is (B, F, H, W, C)."""
         batch, frames, height, width, _ = x.shape
         doubled = layer.compress_time and frames > 1
+        self._forget_derived()
         self.derived[layer] = layer.conv.weight.numel() * 16 // 9 * self.dtype.itemsize
         shape = (batch, frames, 2 * height, 2 * width, layer.conv.out_channels)
         out = _frames(shape, doubled=doubled, single=doubled and frames % 2 == 1)
@@ -95,6 +96,11 @@ class Accounting:
         return self.peak
 
     _lazy: tuple[Frames | None, int] = (None, 0)
+
+    def _forget_derived(self, but: type | tuple[()] = ()) -> None:
+        """In lean arithmetic, weights in another form last for one layer only; those that enlarged rows are made with, as long as the rows."""
+        if self.lean:
+            self.derived = {key: size for key, size in self.derived.items() if isinstance(key, but)}
 
     def _is_lazy(self, x: Frames) -> bool:
         return self._lazy[0] is x
@@ -130,6 +136,7 @@ class Accounting:
         self.kept[conv] = keeps * height * in_row
         steps = steps_for(frames, first=self.first, doubled=x.doubled, single=x.single, largest=joint_frames(self.dtype, self.device))
         most = summed = 0
+        self._forget_derived(but=Upsample if self._is_lazy(x) else ())
         for filtering, _, count, _ in steps:
             taps = conv.conv.weight.numel() * len(filtering.data) // 3
             if (conv, filtering) not in self.derived:

@@ -15,7 +15,7 @@ Shapes: B batch, F frames, H W of the feature map, C channels, channels last; z 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 
 import torch
@@ -56,7 +56,7 @@ class Rowwise:
         z: (B, C_z, f, h, w) for the decoder, None for the encoder.
         bands: how many rows at once.
         dtype, device: of the arithmetic.
-        lean: make upsampled rows anew wherever they are needed, twice in all, and never keep all of them.
+        lean: make upsampled rows anew wherever they are needed, twice in all, and never keep all of them, nor weights in another form.
     """
 
     cache: ConvCache
@@ -216,11 +216,14 @@ class Rowwise:
         def make(weight: Tensor) -> Tensor:
             return transformed_taps(weight, filtering, self.dtype)
 
-        # The sum of the taps is needed in the first chunk only.
-        return make(layer.weight.detach()) if filtering is FIRST else layer.derived((filtering, self.dtype), make)
+        return self._derived(layer, (filtering, self.dtype), make, keep=filtering is not FIRST)  # which the first chunk alone needs
 
     def _phases(self, layer: Conv2d) -> Tensor:
-        return layer.derived(("phases", self.dtype), lambda weight: upsampling_phases(weight).to(self.dtype))
+        return self._derived(layer, ("phases", self.dtype), lambda weight: upsampling_phases(weight).to(self.dtype))
+
+    def _derived(self, layer: Conv2d | Conv3d, name: Hashable, make: Callable[[Tensor], Tensor], keep: bool = True) -> Tensor:
+        """What `make` makes of the layer's weight, kept for the next chunk unless memory is short."""
+        return layer.derived(name, make) if keep and not self.lean else make(layer.weight.detach())
 
 
 def groups_of(norm: nn.Module) -> int:
