@@ -78,8 +78,7 @@ def test_statistics_are_those_of_float64(device, dtype, shape, groups):
     assert mean.dtype == variance.dtype == torch.float32
     torch.testing.assert_close(mean.double(), grouped.mean((2, 3, 5)).transpose(0, 1), rtol=1e-6, atol=0)
     torch.testing.assert_close(variance.double(), grouped.var((2, 3, 5), correction=0).transpose(0, 1), rtol=1e-5, atol=1e-7)
-    by_torch = norms.frame_statistics(x, groups)
-    torch.testing.assert_close((mean, variance), by_torch, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close((mean, variance), norms.frame_statistics(x, groups), rtol=2e-3, atol=1e-3)  # torch's are less exact
     again = fused_norms.frame_statistics(x, groups)
     assert torch.equal(again[0], mean)
     assert torch.equal(again[1], variance)
@@ -131,15 +130,14 @@ def test_tensors_above_two_to_the_31_elements(device):
 
 
 def test_decoding_and_encoding_with_kernels(device, monkeypatch):
-    """Every norm of the model, over two chunks, in bands."""
+    """Every norm of the model, with frames that stand for two."""
+    monkeypatch.setattr(fused_norms, "TILE", 4096)
     vae = randomize(AutoencoderKLCogVideoX(**TINY_VAE)).eval().to(device)
-    vae.enable_tiling(16, 16)
-    x = torch.randn(1, 3, 9, 16, 24, device=device)
-    z = torch.randn(1, 4, 4, 2, 3, device=device)
-    used = []
+    x, z = torch.randn(1, 3, 5, 8, 8, device=device), torch.randn(1, 4, 3, 1, 1, device=device)
+    used = set()
 
     def fused(*tensors):
-        used.append(tensors[0].shape)
+        used.add(len(tensors))
         return True
 
     with torch.no_grad():
@@ -147,7 +145,7 @@ def test_decoding_and_encoding_with_kernels(device, monkeypatch):
         expected = vae.encode(x).latent_dist.parameters, vae.decode(z).sample
         monkeypatch.setattr(norms, "fused", fused)
         found = vae.encode(x).latent_dist.parameters, vae.decode(z).sample
-    assert used
+    assert used == {1, 2}  # both kernels
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
 
 

@@ -73,6 +73,9 @@ class AutoencoderKLCogVideoX(TilingMixin, ModelMixin, AutoencoderMixin, ConfigMi
     `num_latent_frames_batch_size` may be set to others, with other results. `latents * scaling_factor` is what the transformer
     sees. Config keys and state-dict keys are those of the released checkpoints (`vae/config.json`).
 
+    To compile, call `vae.decoder.compile(fullgraph=True)`, or the encoder's: one graph for the first chunk and one for the others, which
+    compute the layers as `textbook` does, without bands or their saving of work and memory.
+
     Raises:
         ValueError: at construction for block types other than CogVideoX's and for options without effect; in encode/decode
             for tensors whose channels or size do not fit, and for chunk sizes that tear apart what belongs together in time.
