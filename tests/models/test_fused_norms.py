@@ -50,7 +50,7 @@ def test_kernels_in_the_interpreter():
     pytest.importorskip("triton", minversion="3.9", reason="the interpreters of older Tritons fail with current NumPy")
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
+        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
         check=False,
@@ -77,7 +77,7 @@ def test_statistics_are_those_of_float64(device, dtype, shape, groups):
     grouped = x.double().unflatten(-1, (groups, -1))
     assert mean.dtype == variance.dtype == torch.float32
     torch.testing.assert_close(mean.double(), grouped.mean((2, 3, 5)).transpose(0, 1), rtol=1e-6, atol=0)
-    torch.testing.assert_close(variance.double(), grouped.var((2, 3, 5), correction=0).transpose(0, 1), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(variance.double(), grouped.var((2, 3, 5), correction=0).transpose(0, 1), rtol=3e-5, atol=1e-7)
     torch.testing.assert_close((mean, variance), norms.frame_statistics(x, groups), rtol=2e-3, atol=1e-3)  # torch's are less exact
     again = fused_norms.frame_statistics(x, groups)
     assert torch.equal(again[0], mean)
@@ -108,24 +108,26 @@ def test_modulation_is_that_of_float32(device, dtype, frames, latents, rows, hei
     out = work[:, :, 1:-1][:, 2:]
     fused_norms.modulate_silu(x, rows[0], height, affine, spans, out)
     eps = torch.finfo(dtype).eps
-    torch.testing.assert_close(out.float(), nn.functional.silu(expected), rtol=max(eps, 1e-6), atol=max(eps / 8, 1e-6))
+    torch.testing.assert_close(out.float(), nn.functional.silu(expected), rtol=max(eps, 5e-6), atol=max(eps / 8, 5e-6))
     out.fill_(9.0)
     assert (work == 9.0).all()
 
 
 def test_tensors_above_two_to_the_31_elements(device):
-    """A second frame further away than 32 bits reach; only the pages that are touched take memory."""
+    """Each frame begins less than 2^31 elements after the one before, the third more than that behind the first.
+
+    Only the pages that are touched take memory.
+    """
     if device == "cuda" and torch.cuda.mem_get_info()[0] < 10 * 2**30:
         pytest.skip("needs 10 GiB of free device memory")
-    far = 2**31 + 64
-    x, out = (
-        torch.empty(far + 64, dtype=torch.bfloat16, device=device).as_strided((1, 2, 1, 4, 8), (far, far, 32, 8, 1)) for _ in range(2)
-    )
-    values = torch.randn(1, 2, 1, 4, 8).bfloat16().to(device)
+    far = 2**30 + 64
+    shape, strides = (1, 3, 1, 4, 8), (3 * far, far, 32, 8, 1)
+    x, out = (torch.empty(2 * far + 32, dtype=torch.bfloat16, device=device).as_strided(shape, strides) for _ in range(2))
+    values = torch.randn(shape).bfloat16().to(device)
     x.copy_(values)
     torch.testing.assert_close(fused_norms.frame_statistics(x, 2), norms.frame_statistics(values, 2))
     one = torch.ones(1, 1, 1, 1, 8, device=device)
-    fused_norms.modulate_silu(x, 0, 1, (one, 0 * one), [(0, 2)], out)
+    fused_norms.modulate_silu(x, 0, 1, (one, 0 * one), [(0, 3)], out)
     torch.testing.assert_close(out, nn.functional.silu(values), rtol=0.02, atol=0.01)
 
 
@@ -146,7 +148,7 @@ def test_decoding_and_encoding_with_kernels(device, monkeypatch):
         monkeypatch.setattr(norms, "fused", fused)
         found = vae.encode(x).latent_dist.parameters, vae.decode(z).sample
     assert used == {1, 2}  # both kernels
-    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5 if device == "cpu" else 5e-3)  # convolutions on a GPU round to TF32
 
 
 @pytest.mark.gpu
