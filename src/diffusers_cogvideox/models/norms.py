@@ -178,7 +178,7 @@ def _kernels_work(device: torch.device, dtype: torch.dtype) -> bool:
         reason = f"fail ({type(error).__name__}: {error})"
     else:
         modulate(x.float(), 2, 8, affine, spans, expected)
-        pairs = zip(found, (*frame_statistics(x, 4), F.silu(expected)), strict=True)
+        pairs = zip(found, (*frame_statistics(x.float(), 4), F.silu(expected)), strict=True)
         tolerance = max(1e-5, 2 * torch.finfo(dtype).eps)
         if all(torch.allclose(ours.float(), theirs, rtol=tolerance, atol=tolerance) for ours, theirs in pairs):
             return True
