@@ -73,6 +73,9 @@ class AutoencoderKLCogVideoX(TilingMixin, ModelMixin, AutoencoderMixin, ConfigMi
     `num_latent_frames_batch_size` may be set to others, with other results. `latents * scaling_factor` is what the transformer
     sees. Config keys and state-dict keys are those of the released checkpoints (`vae/config.json`).
 
+    To compile, call `vae.decoder.compile(fullgraph=True)`, or the encoder's: one graph for the first chunk and one for the others, which
+    compute the layers as `textbook` does, without bands or their saving of work and memory.
+
     Raises:
         ValueError: at construction for block types other than CogVideoX's and for options without effect; in encode/decode
             for tensors whose channels or size do not fit, and for chunk sizes that tear apart what belongs together in time.
@@ -266,7 +269,7 @@ class AutoencoderKLCogVideoX(TilingMixin, ModelMixin, AutoencoderMixin, ConfigMi
 
     def _as_written(self, coder: _Coder, x: Tensor) -> bool:
         """Whether to compute each layer as it is written down: for gradients, for compilers, and on request."""
-        if self.textbook or torch.compiler.is_compiling():
+        if self.textbook or torch.compiler.is_compiling() or _is_compiled(coder.tower):
             return True
         return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in coder.tower.parameters()))
 
@@ -314,6 +317,11 @@ def _check_video(verb: str, x: Tensor, channels: int, multiple: int) -> None:
         raise ValueError(
             f"{verb}: height and width must be multiples of {multiple}, got {x.shape[-2]}x{x.shape[-1]}: crop or pad the video first"
         )
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    """Whether `torch.compile` or `Module.compile` was applied to the model or a part of it."""
+    return any(module._compiled_call_impl is not None or hasattr(module, "_orig_mod") for module in model.modules())
 
 
 def _new_cache(saving: Saving, device: torch.device) -> ConvCache:

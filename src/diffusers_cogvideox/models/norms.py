@@ -5,15 +5,26 @@ Shapes: B batch, F frames, H W of the feature map, C channels, G groups, f h w o
 
 from __future__ import annotations
 
+import os
+from functools import cache
+from importlib.util import find_spec
+
 import torch
 import torch.nn.functional as F
+from diffusers.utils import logging
 from torch import Tensor, nn
 
+from . import fused_norms
 from .frames import Bands, Frames
 from .leaves import Conv3d, GroupNorm
 from .vae_blocks import SpatialNorm
 
-__all__ = ["Affine", "group_statistics", "latent_spans", "norm_affine", "normalise"]
+__all__ = ["Affine", "fused", "group_statistics", "latent_spans", "norm_affine", "normalise"]
+
+logger = logging.get_logger(__name__)
+
+SWITCH = "COGVIDEOX_TRITON"  # environment variable: 0 keeps to the torch form
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # scale and shift: (B, f, h, w, C), or (B, 1, 1, 1, C).
 Affine = tuple[Tensor, Tensor]
@@ -25,22 +36,23 @@ def group_statistics(frames: Frames, groups: int, bands: Bands, dtype: torch.dty
     Those of pieces of one frame and some rows are joined as in Chan, Golub, LeVeque, "Updating Formulae and a Pairwise Algorithm for
     Computing Sample Variances" (1979): no large sums of squares, whatever the size of the picture.
     """
-    batch, _, height, *_ = frames.shape
-    means: list[Tensor] = []
-    variances: list[Tensor] = []
+    pieces: list[tuple[Tensor, Tensor]] = []
     sizes: list[float] = []
-    weights = frames.weights
-    for start, stop in bands.over(height, frames.row_bytes(dtype)):
+    for start, stop in bands.over(frames.shape[2], frames.row_bytes(dtype)):
         rows = frames.make(start, stop)
-        for index, weight in enumerate(weights):
-            pair = zip(*(_piece(rows[element, index], groups) for element in range(batch)), strict=True)
-            for values, found in zip((means, variances), pair, strict=True):
-                values.append(torch.cat(found))
-            sizes.append(float(weight * (stop - start)))
-    of_pieces, spread = torch.stack(means), torch.stack(variances)  # (pieces, B, G)
+        pieces.append((fused_norms.frame_statistics if fused(rows) else frame_statistics)(rows, groups))
+        sizes += [float(weight * (stop - start)) for weight in frames.weights]
+    of_pieces, spread = map(torch.cat, zip(*pieces, strict=True))  # (pieces, B, G)
     share = torch.tensor(sizes, device=of_pieces.device).div_(sum(sizes)).view(-1, 1, 1)
     mean = (share * of_pieces).sum(0)
     return mean, (share * (spread + (of_pieces - mean).square())).sum(0)
+
+
+def frame_statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance (F, B, G), float32, of each frame of x (B, F, rows, W, C) and each group of channels."""
+    of_frames = [[_piece(picture, groups) for picture in frame] for frame in x.unbind(1)]
+    mean, variance = (torch.stack([torch.cat([found[i] for found in frame]) for frame in of_frames]) for i in range(2))
+    return mean, variance
 
 
 def _piece(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -98,18 +110,78 @@ def latent_spans(frames: int, latents: int) -> list[tuple[int, int]]:
 
 def normalise(x: Tensor, rows: tuple[int, int], height: int, affine: Affine, activation: nn.Module, out: Tensor) -> None:
     """activation(scale * x + shift) for the rows x (B, F, rows, W, C) of a map of `height` rows, written to `out` of the same shape."""
-    _, frames, _, width, _ = x.shape
-    scale, shift = (value.to(x.dtype) for value in affine)
-    _, latents, cells_high, cells_wide, _ = scale.shape
-    if cells_high > 1:
-        places = torch.arange(*rows, device=x.device) // (height // cells_high)
-        scale, shift = scale[:, :, places], shift[:, :, places]
-    columns = (cells_wide, width // cells_wide)
-    for index, (start, stop) in enumerate(latent_spans(frames, latents)):
-        part, target = (value[:, start:stop].unflatten(3, columns) for value in (x, out))
-        factor, offset = (value[:, index : index + 1, :, :, None] for value in (scale, shift))  # (B, 1, rows, w, 1, C)
-        torch.addcmul(offset, part, factor, out=target)
+    spans = latent_spans(x.shape[1], affine[0].shape[1])
+    if isinstance(activation, nn.SiLU) and fused(x, out):
+        fused_norms.modulate_silu(x, rows[0], height, affine, spans, out)
+        return
+    modulate(x, rows[0], height, affine, spans, out)
     if isinstance(activation, nn.SiLU):
         F.silu(out, inplace=True)
     else:
         out.copy_(activation(out))
+
+
+def modulate(x: Tensor, top: int, height: int, affine: Affine, spans: list[tuple[int, int]], out: Tensor) -> None:
+    """scale * x + shift for the rows x (B, F, rows, W, C), the first of which is row `top` of `height`, written to `out`.
+
+    Args:
+        spans: of frames that each latent frame belongs to.
+    """
+    width = x.shape[3]
+    scale, shift = (value.to(x.dtype) for value in affine)
+    cells_high, cells_wide = scale.shape[2:4]
+    if cells_high > 1:
+        places = torch.arange(top, top + x.shape[2], device=x.device) // (height // cells_high)
+        scale, shift = scale[:, :, places], shift[:, :, places]
+    columns = (cells_wide, width // cells_wide)
+    for index, (start, stop) in enumerate(spans):
+        part, target = (value[:, start:stop].unflatten(3, columns) for value in (x, out))
+        factor, offset = (value[:, index : index + 1, :, :, None] for value in (scale, shift))  # (B, 1, rows, w, 1, C)
+        torch.addcmul(offset, part, factor, out=target)
+
+
+def fused(*tensors: Tensor) -> bool:
+    """Whether the Triton kernels of `fused_norms` compute with tensors (B, F, rows, W, C) of one device and dtype, not the torch form.
+
+    They do on a CUDA device where Triton is installed, unless the environment variable COGVIDEOX_TRITON is 0, the rows of a frame do not
+    lie one after the other, or the kernels have failed there before.
+
+    Raises:
+        ValueError: COGVIDEOX_TRITON is something else than 0 or 1.
+    """
+    first = tensors[0]
+    if not (_on_gpu(first) and first.dtype in _DTYPES and all(x[0, 0].is_contiguous() for x in tensors)):
+        return False
+    wanted = os.environ.get(SWITCH, "1")
+    if wanted not in ("0", "1"):
+        raise ValueError(f"{SWITCH}={wanted!r} is not possible: 1, the default, uses Triton kernels on a GPU, 0 does not")
+    return wanted == "1" and find_spec("triton") is not None and _kernels_work(first.device, first.dtype)
+
+
+def _on_gpu(x: Tensor) -> bool:
+    return x.is_cuda
+
+
+@cache
+def _kernels_work(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernels compute what the torch form does in float32, tried once on a small input; warns where they do not."""
+    noise = torch.randn(3, 2, 3, 4, 6, 32, generator=torch.Generator().manual_seed(0))
+    x = noise[0].to(device, dtype)
+    affine: Affine = tuple(value[:, :2, :2, :3].to(device) for value in noise[1:])  # type: ignore[assignment]
+    spans, out, expected = latent_spans(3, 2), torch.empty_like(x), torch.empty_like(x, dtype=torch.float32)
+    try:
+        fused_norms.modulate_silu(x, 2, 8, affine, spans, out)
+        found = (*fused_norms.frame_statistics(x, 4), out)
+    except torch.OutOfMemoryError:
+        raise  # says nothing about the kernels
+    except Exception as error:
+        reason = f"fail ({type(error).__name__}: {error})"
+    else:
+        modulate(x.float(), 2, 8, affine, spans, expected)
+        pairs = zip(found, (*frame_statistics(x.float(), 4), F.silu(expected)), strict=True)
+        tolerance = max(1e-5, 2 * torch.finfo(dtype).eps)
+        if all(torch.allclose(ours.float(), theirs, rtol=tolerance, atol=tolerance) for ours, theirs in pairs):
+            return True
+        reason = "compute something else than torch"
+    logger.warning(f"The VAE's Triton kernels {reason} on {device} in {dtype}. Its norms are computed by torch, more slowly.")
+    return False
