@@ -98,7 +98,7 @@ class Accounting:
     _lazy: tuple[Frames | None, int] = (None, 0)
 
     def _forget_derived(self, but: type | tuple[()] = ()) -> None:
-        """In lean arithmetic, weights in another form last for one layer only; those that enlarged rows are made with, as long as the rows."""
+        """In lean arithmetic, weights in another form last for one layer; those that enlarged rows are made with, as long as the rows."""
         if self.lean:
             self.derived = {key: size for key, size in self.derived.items() if isinstance(key, but)}
 

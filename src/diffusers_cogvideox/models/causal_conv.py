@@ -5,6 +5,7 @@ Shapes: B batch, C channels, F frames, H W height and width of the feature map.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from .leaves import Conv3d
@@ -48,6 +49,18 @@ class CausalConv3d(nn.Module):
         self.history = kernel_size - 1
         padding = kernel_size // 2
         self.conv = Conv3d(in_channels, out_channels, kernel_size, padding=(0, padding, padding))
+
+    def forward(self, x: Tensor, cache: ConvCache) -> Tensor:
+        """(B, C_in, F, H, W) -> (B, C_out, F, H, W); frame f sees frames <= f only."""
+        if self.history:
+            past = cache.previous.get(self)
+            if past is None:
+                past = x[:, :, :1].expand(-1, -1, self.history, -1, -1)
+            x = torch.cat([past, x], dim=2)
+            if self not in cache.current:  # else recomputed for its gradient: the next chunk has read the first result already
+                # A copy, not a view: a view would keep the whole chunk alive until the next one is done.
+                cache.keep(self, x[:, :, -self.history :].clone())
+        return self.conv(x)
 
 
 class Past:

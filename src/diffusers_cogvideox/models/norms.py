@@ -59,14 +59,16 @@ def _piece(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """Mean and variance (1, G) of x (H, W, C), by the library's own kernel, whose third result is 1 / sqrt(variance + eps).
 
     The kernel subtracts the square of the mean from the mean of the squares. So that nothing is lost where all values are nearly equal, as
-    in a picture of one colour, it is shown differences from what stands in the middle.
+    in a picture of one colour, it is shown differences from what stands in the middle, and one row at a time.
     """
     height, width, channels = x.shape
     pixel = x[height // 2, width // 2].unflatten(0, (groups, -1)).mean(1)
     one = torch.ones(channels, device=x.device)  # float32: keeps the statistics of half precision in float32
-    near = (x - pixel.repeat_interleave(channels // groups))[None].permute(0, 3, 1, 2)
-    _, mean, inverse = torch.native_group_norm(near, one, one, 1, channels, height * width, groups, torch.finfo(torch.float32).tiny)
-    return mean + pixel.float(), inverse.square().reciprocal()
+    near = (x - pixel.repeat_interleave(channels // groups))[:, None].permute(0, 3, 1, 2)  # (H, C, 1, W)
+    _, means, inverses = torch.native_group_norm(near, one, one, height, channels, width, groups, torch.finfo(torch.float32).tiny)
+    mean = means.mean(0, keepdim=True)
+    variance = (inverses.square().reciprocal() + (means - mean).square()).mean(0, keepdim=True)
+    return mean + pixel.float(), variance
 
 
 def norm_affine(norm: nn.Module, statistics: tuple[Tensor, Tensor], z: Tensor | None) -> Affine:

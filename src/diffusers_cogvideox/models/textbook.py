@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .causal_conv import CausalConv3d, ConvCache
+from .causal_conv import ConvCache
 from .vae_blocks import Downsample, ResnetBlock, SpatialNorm, Tower, Upsample
 
 __all__ = ["Textbook"]
@@ -60,13 +60,13 @@ class Textbook:
 
     def enter(self, tower: Tower, x: Tensor) -> Tensor:
         """(B, C_in, F, H, W) -> (B, C, F, H, W)."""
-        return self._conv(tower.conv_in, x)
+        return tower.conv_in(x, self.cache)
 
     def resnet(self, block: ResnetBlock, x: Tensor) -> Tensor:
         """(B, C_in, F, H, W) -> (B, C_out, F, H, W)."""
         hidden = x
         for norm, conv in ((block.norm1, block.conv1), (block.norm2, block.conv2)):
-            hidden = self._conv(conv, block.nonlinearity(self._norm(norm, hidden)))
+            hidden = conv(block.nonlinearity(self._norm(norm, hidden)), self.cache)
         return hidden + (x if block.conv_shortcut is None else block.conv_shortcut(x))
 
     def downsample(self, layer: Downsample, x: Tensor) -> Tensor:
@@ -83,21 +83,10 @@ class Textbook:
 
     def leave(self, tower: Tower, x: Tensor) -> Tensor:
         """(B, C, F, H, W) -> (B, C_out, F, H, W)."""
-        return self._conv(tower.conv_out, tower.conv_act(self._norm(tower.norm_out, x)))
+        return tower.conv_out(tower.conv_act(self._norm(tower.norm_out, x)), self.cache)
 
     def _norm(self, norm: nn.Module, x: Tensor) -> Tensor:
         if not isinstance(norm, SpatialNorm):
             return norm(x)
         scale, shift = (resize_to(conv.conv(self.z), x) for conv in (norm.conv_y, norm.conv_b))
         return torch.addcmul(shift, norm.norm_layer(x), scale)
-
-    def _conv(self, conv: CausalConv3d, x: Tensor) -> Tensor:
-        """(B, C_in, F, H, W) -> (B, C_out, F, H, W); frame f sees frames <= f only."""
-        past = self.cache.previous.get(conv)
-        if past is None:
-            past = x[:, :, :1].expand(-1, -1, conv.history, -1, -1)
-        x = torch.cat([past, x], dim=2)
-        if conv not in self.cache.current:  # else recomputed for its gradient: the next chunk has read the first result already
-            # A copy, not a view: a view would keep the whole chunk alive until the next one is done.
-            self.cache.keep(conv, x[:, :, -conv.history :].clone())
-        return conv.conv(x)

@@ -172,10 +172,12 @@ def choose_saving(ways: list[Saving], estimate: Any, free: int | None) -> list[S
     return ways[fitting:]
 
 
+# How allocators and libraries say it that have no class of errors of their own: the processor's (Linux, Windows), cuDNN and cuBLAS.
+_WORDS = ("out of memory", "can't allocate memory", "not enough memory", "status_alloc_failed")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory could not be had, on an accelerator or on the processor."""
-    return (
-        isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        or "not enough memory" in str(error)
-        or "can't allocate memory" in str(error)
-    )
+    """Whether an error says that PyTorch or NumPy found no memory, on an accelerator or on the processor."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _WORDS)

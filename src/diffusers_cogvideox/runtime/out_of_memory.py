@@ -7,22 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from diffusers.utils.torch_utils import empty_device_cache
+
+from ..models.vae_memory import is_out_of_memory
 
 __all__ = ["free_unused_memory", "is_out_of_memory", "low_memory"]
 
-# How allocators and libraries say it that have no class of errors of their own: the processor's (Linux, Windows), cuDNN and cuBLAS.
-_WORDS = ("out of memory", "can't allocate memory", "not enough memory", "status_alloc_failed")
-
 _PLAIN = (bool, int, float, str, tuple, frozenset, type(None))  # what settings are; anything else is the model itself
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that PyTorch or NumPy found no memory, on an accelerator or on the processor."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _WORDS)
 
 
 def free_unused_memory() -> None:
