@@ -55,19 +55,26 @@ def frame_statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     return mean, variance
 
 
+_SUMMED = 1024  # pixels whose float32 sums the kernel may take one after the other
+
+
 def _piece(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """Mean and variance (1, G) of x (H, W, C), by the library's own kernel, whose third result is 1 / sqrt(variance + eps).
 
     The kernel subtracts the square of the mean from the mean of the squares. So that nothing is lost where all values are nearly equal, as
-    in a picture of one colour, it is shown differences from what stands in the middle, and one row at a time.
+    in a picture of one colour, it is shown differences from what stands in the middle, and in float32 a few rows at a time.
     """
     height, width, channels = x.shape
     pixel = x[height // 2, width // 2].unflatten(0, (groups, -1)).mean(1)
     one = torch.ones(channels, device=x.device)  # float32: keeps the statistics of half precision in float32
-    near = (x - pixel.repeat_interleave(channels // groups))[:, None].permute(0, 3, 1, 2)  # (H, C, 1, W)
-    _, means, inverses = torch.native_group_norm(near, one, one, height, channels, width, groups, torch.finfo(torch.float32).tiny)
-    mean = means.mean(0, keepdim=True)
-    variance = (inverses.square().reciprocal() + (means - mean).square()).mean(0, keepdim=True)
+    near = (x - pixel.repeat_interleave(channels // groups))[None].permute(0, 3, 1, 2)
+    found = []
+    for part in near.split(max(1, _SUMMED // width) if x.dtype == torch.float32 else height, dim=2):
+        pixels = part.shape[2] * width
+        _, mean, inverse = torch.native_group_norm(part, one, one, 1, channels, pixels, groups, torch.finfo(torch.float32).tiny)
+        found.append((mean, inverse.square().reciprocal(), part.shape[2] / height))
+    mean = torch.stack([share * mean for mean, _, share in found]).sum(0)
+    variance = torch.stack([share * (variance + (of_part - mean).square()) for of_part, variance, share in found]).sum(0)
     return mean + pixel.float(), variance
 
 
