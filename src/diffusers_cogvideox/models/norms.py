@@ -62,14 +62,16 @@ def _piece(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """Mean and variance (1, G) of x (H, W, C), by the library's own kernel, whose third result is 1 / sqrt(variance + eps).
 
     The kernel subtracts the square of the mean from the mean of the squares. So that nothing is lost where all values are nearly equal, as
-    in a picture of one colour, it is shown differences from what stands in the middle, and in float32 a few rows at a time.
+    in a picture of one colour, it is shown differences from what stands in the middle, a few rows at a time. In half precision, values that
+    are nearly equal are equal, and differences would have to be rounded.
     """
     height, width, channels = x.shape
-    pixel = x[height // 2, width // 2].unflatten(0, (groups, -1)).mean(1)
+    exact = x.dtype == torch.float32
+    pixel = x[height // 2, width // 2].unflatten(0, (groups, -1)).mean(1) * exact
     one = torch.ones(channels, device=x.device)  # float32: keeps the statistics of half precision in float32
-    near = (x - pixel.repeat_interleave(channels // groups))[None].permute(0, 3, 1, 2)
+    near = (x - pixel.repeat_interleave(channels // groups) if exact else x)[None].permute(0, 3, 1, 2)
     found = []
-    for part in near.split(max(1, _SUMMED // width) if x.dtype == torch.float32 else height, dim=2):
+    for part in near.split(max(1, _SUMMED // width) if exact else height, dim=2):
         pixels = part.shape[2] * width
         _, mean, inverse = torch.native_group_norm(part, one, one, 1, channels, pixels, groups, torch.finfo(torch.float32).tiny)
         found.append((mean, inverse.square().reciprocal(), part.shape[2] / height))
@@ -137,8 +139,10 @@ def modulate(x: Tensor, top: int, height: int, affine: Affine, spans: list[tuple
         spans: of frames that each latent frame belongs to.
     """
     width = x.shape[3]
-    scale, shift = (value.to(x.dtype) for value in affine)
+    scale, shift = affine
     cells_high, cells_wide = scale.shape[2:4]
+    if cells_high * cells_wide > 1:  # a GroupNorm alone keeps them in float32, as the library's does; it is slower, and rounds once only
+        scale, shift = scale.to(x.dtype), shift.to(x.dtype)
     if cells_high > 1:
         places = torch.arange(top, top + x.shape[2], device=x.device) // (height // cells_high)
         scale, shift = scale[:, :, places], shift[:, :, places]
