@@ -187,7 +187,7 @@ def test_x5_chunk_sizes(pair):
             vae.num_sample_frames_batch_size, vae.num_latent_frames_batch_size = 4, 4
         mine, theirs = ((vae.encode(x).latent_dist.mean, vae.decode(z).sample) for vae in (ours, stock))
         for other, expected, before in zip(mine, theirs, usual, strict=True):
-            torch.testing.assert_close(other, expected, rtol=0, atol=2e-5)
+            torch.testing.assert_close(other, expected, rtol=1e-5, atol=2e-5)
             assert (other - before).abs().max() > 1e-2
         for vae in (ours, stock):
             vae.num_sample_frames_batch_size, vae.num_latent_frames_batch_size = 6, 1

@@ -21,9 +21,9 @@ logger = logging.get_logger(__name__)
 
 DIRECTIONS = ("encode", "decode")
 
-# Input of one convolution, in bytes. On a processor, small enough that intermediate results are not handed back to the operating system;
-# in the low-memory mode small beside two feature maps of a large picture.
-_CPU_BUDGET, _LEAN_BUDGET = 16 * 2**20, 32 * 2**20
+# Input of one convolution, in bytes. On a processor, small enough that intermediate results are not handed back to the operating system; on
+# an accelerator large enough to keep it busy; in the low-memory mode small beside two feature maps of a large picture.
+_CPU_BUDGET, _BUDGET, _LEAN_BUDGET = 16 * 2**20, 256 * 2**20, 32 * 2**20
 _SHARE = 0.9  # of the free memory of a device that may be taken
 
 
@@ -133,14 +133,13 @@ def savings(height: int, device: torch.device, most_rows: int | None) -> list[Sa
     Args:
         most_rows: rows of a band when little memory was asked for, None when nothing was.
     """
-    offload = device.type not in ("cpu", "meta")
-    budget = _CPU_BUDGET if device.type == "cpu" else None
+    on_cpu = device.type == "cpu"
     if most_rows is None:
-        if device.type == "cpu":
-            return [Saving(Bands(budget))]
-        return [Saving(), *savings(height, device, height)]
+        usual = Saving(Bands(_CPU_BUDGET if on_cpu else _BUDGET))
+        return [usual] if on_cpu else [usual, *savings(height, device, height)]
     rows = [most_rows, *(n for n in (64, 16, 4, 1) if n < most_rows)]
-    return [Saving(Bands(budget or _LEAN_BUDGET, n, height), lean=True, offload=offload) for n in rows]
+    offload = device.type not in ("cpu", "meta")
+    return [Saving(Bands(_CPU_BUDGET if on_cpu else _LEAN_BUDGET, n, height), lean=True, offload=offload) for n in rows]
 
 
 def estimate_chunks(tower: Tower, shape: tuple[int, ...], chunk: int, dtype: torch.dtype, device: torch.device, saving: Saving) -> int:
