@@ -305,3 +305,14 @@ def test_caches_are_left_for_the_next_chunk_only():
     following = cache.advance()
     assert following.take(conv) is not None
     assert following.take(conv) is None
+
+
+def test_the_place_of_the_video_decides_where_weights_are_offloaded(vae, monkeypatch):
+    """Between the calls of its layers, a model that is offloaded layer by layer is on the meta device."""
+    from diffusers_cogvideox.models import autoencoder
+
+    asked, real = [], autoencoder.savings
+    monkeypatch.setattr(autoencoder, "savings", lambda height, device, rows: asked.append(device.type) or real(height, device, rows))
+    monkeypatch.setattr(AutoencoderKLCogVideoX, "device", torch.device("meta"))
+    coded(vae, torch.randn(1, 3, 1, 8, 8), torch.randn(1, 4, 1, 1, 1))
+    assert asked == ["cpu", "cpu"]

@@ -140,7 +140,7 @@ class AutoencoderKLCogVideoX(TilingMixin, ModelMixin, AutoencoderMixin, ConfigMi
             saving: how memory is saved; by default what the current settings and the free memory come to.
         """
         coder, batch = self._coder(direction), 1 if self.use_slicing else shape[0]
-        saving = saving or self._ways(coder, shape)[0]
+        saving = saving or self._ways(coder, shape, self.device)[0]
         height, width = (side * coder.out_scale // coder.in_scale for side in shape[3:])
         frames = sum(coder.resized(stop - start) for start, stop in chunk_spans(shape[2], coder.chunk))
         result = 2 * batch * coder.tower.conv_out.conv.out_channels * frames * height * width * self.dtype.itemsize
@@ -251,7 +251,7 @@ class AutoencoderKLCogVideoX(TilingMixin, ModelMixin, AutoencoderMixin, ConfigMi
                 cache = ConvCache() if cache is None else cache.advance()
                 yield coder(chunk, Textbook(cache, chunk if coder.name == "decode" else None))
                 continue
-            ways = ways or self._ways(coder, (*chunk.shape[:2], frames, *chunk.shape[3:]))
+            ways = ways or self._ways(coder, (*chunk.shape[:2], frames, *chunk.shape[3:]), chunk.device)
             piece = None
             while piece is None:
                 current = _new_cache(ways[0], chunk.device) if cache is None else cache.advance()
@@ -276,17 +276,20 @@ class AutoencoderKLCogVideoX(TilingMixin, ModelMixin, AutoencoderMixin, ConfigMi
     def _saves(self, coder: _Coder) -> bool:
         return self.use_tiling and coder.name in self.tiled_directions
 
-    def _ways(self, coder: _Coder, shape: Sequence[int]) -> list[Saving]:
-        """Ways to save memory in coding a tensor of this shape, the first one that fits and more thorough ones."""
+    def _ways(self, coder: _Coder, shape: Sequence[int], device: torch.device) -> list[Saving]:
+        """Ways to save memory in coding a tensor of this shape on `device`, the first one that fits and more thorough ones.
+
+        The device is that of the tensor: offloaded weights are elsewhere, or nowhere, between the layers' calls.
+        """
         if self.saving is not None:
             return [self.saving]
         height, width = (side * self.spatial_ratio // coder.in_scale for side in shape[3:])
-        ways = savings(height, self.device, self.band_rows(width) if self._saves(coder) else None)
+        ways = savings(height, device, self.band_rows(width) if self._saves(coder) else None)
 
         def estimate(way: Saving) -> int:
             return self.estimate_peak(shape, coder.name, way)
 
-        return choose_saving(ways, estimate, free_memory(self.device))
+        return choose_saving(ways, estimate, free_memory(device))
 
 
 def _check_block_types(name: str, types: tuple[str, ...], expected: str, widths: tuple[int, ...]) -> None:
