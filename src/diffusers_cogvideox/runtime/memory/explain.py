@@ -48,8 +48,8 @@ def _reasons(plan: Plan, costs: Costs) -> Iterator[str]:
         yield _overlap(plan, costs)
     away = [part.replace("_", " ") for part, place in plan.placements.items() if place == "staged"]
     if away:
-        sizes = in_words(sum(costs.weights(part.replace(" ", "_")) for part in away))
-        yield f"The {' and the '.join(away)} ({sizes} of weights) make room for each other."
+        size = in_words(sum(costs.weights(part.replace(" ", "_")) for part in away))
+        yield f"Weights of the {' and the '.join(away)} ({size}) are on the device only while they are used, which leaves room for the rest."
     if plan.slow_down > 0.005:
         yield f"Expected to take {100 * plan.slow_down:.0f} % longer than with no limit on memory."
     else:

@@ -84,7 +84,7 @@ class Plan:
         heads = ["stage", *([] if on_cpu else ["device"]), "host", "time"]
         rows = [heads]
         for stage in self.stages:
-            sizes = [in_words(size) for size in ([] if on_cpu else [stage.device]) + [stage.host]]
+            sizes = [in_words(size) if size else "-" for size in ([] if on_cpu else [stage.device]) + [stage.host]]
             rows.append([stage.name, *sizes, f"{100 * stage.seconds / self.seconds:.0f} %"])
         peaks = [in_words(size) for size in ([] if on_cpu else [self.device_peak]) + [self.host_peak]]
         rows.append(["peak", *peaks, ""])

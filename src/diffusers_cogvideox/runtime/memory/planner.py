@@ -23,6 +23,9 @@ __all__ = ["PROCESS", "make_plan", "smallest_budget"]
 PROCESS = {"cpu": 0.8e9, "cuda": 2.5e9}
 """Bytes that the process itself takes in host memory: Python and the libraries, with a GPU its driver, too (assumed, not measured)."""
 
+_SHARE = 0.95
+"""Of a budget of device memory that is planned with; the rest is for gaps between the allocator's blocks."""
+
 _STEP = 10**7  # smallest budgets are rounded up to this
 
 
@@ -90,7 +93,7 @@ def make_plan(
         attention="fused" if device in ("cpu", "cuda") else "math",
     )
     candidates = list(_candidates(costs, from_disk))
-    limits = (math.inf if vram is None else vram, math.inf if ram is None else ram)
+    limits = (math.inf if vram is None else _SHARE * vram, math.inf if ram is None else ram)
     found = _fastest(candidates, *limits)
     if found is None:
         raise ValueError(_refusal(costs, candidates, vram, ram))
@@ -174,7 +177,7 @@ def _refusal(costs: Costs, candidates: list[_Candidate], vram: int | None, ram: 
     """What fails, and the smallest budget that would do."""
 
     def check(device: float, host: float) -> None:
-        if _fastest(candidates, device, host) is None:
+        if _fastest(candidates, _SHARE * device, host) is None:
             raise ValueError
 
     given = [f"{in_words(size)} of {name}" for size, name in ((vram, "device memory"), (ram, "RAM")) if size is not None]

@@ -8,7 +8,7 @@ from typing import Any
 
 from ...geometry import Geometry
 
-__all__ = ["MACHINES", "Machine", "Workload"]
+__all__ = ["MACHINES", "Machine", "Workload", "encoded_frames"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +66,11 @@ class Workload:
         count = "" if self.videos == 1 else f"{self.videos} videos of "
         guidance = "with guidance" if self.guided else "without guidance"
         return f"{count}{self.num_frames} frames of {self.height}x{self.width}, {self.steps} steps {guidance}"
+
+
+def encoded_frames(pipeline: str, num_frames: int) -> int:
+    """Frames that a pipeline, by its class name, encodes before its loop: none, a picture, or a video as long as the result."""
+    return {"CogVideoXPipeline": 0, "CogVideoXImageToVideoPipeline": 1}.get(pipeline, num_frames)
 
 
 @dataclass(frozen=True, kw_only=True)
