@@ -13,6 +13,7 @@ of the tokens, and what goes into attention and feed-forward network is rounded 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -43,7 +44,9 @@ class Modulation(NamedTuple):
 
 
 class AdaLayerNorm(nn.Module):
-    """LayerNorm with `parts` modulation vectors that depend linearly on SiLU(temb)."""
+    """LayerNorm with `parts` modulation vectors that depend linearly on SiLU(temb), or are looked up in `table` (T, parts * D)."""
+
+    table: Tensor | None = None  # see modulation.py
 
     def __init__(self, condition_dim: int, dim: int, parts: int, affine: bool, eps: float) -> None:
         super().__init__()
@@ -52,7 +55,9 @@ class AdaLayerNorm(nn.Module):
         self.norm = TokenNorm(dim, eps=eps, elementwise_affine=affine)
 
     def vectors(self, temb: Tensor) -> tuple[Tensor, ...]:
-        """temb (1 or B, E) -> `parts` tensors (1 or B, 1, D)."""
+        """temb (1 or B, E), or rows (1 or B,) of the table -> `parts` tensors (1 or B, 1, D)."""
+        if self.table is not None and not temb.is_floating_point():
+            return self.table[temb].unsqueeze(1).chunk(self.parts, dim=-1)
         return self.linear(nn.functional.silu(temb)).unsqueeze(1).chunk(self.parts, dim=-1)
 
     def modulate(self, tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -99,6 +104,9 @@ class CogVideoXBlock(nn.Module):
         norm_elementwise_affine, norm_eps: of the two LayerNorms.
     """
 
+    one_by_one = False  # the samples of a batch
+    ff_tokens: int | None = None  # that the feed-forward network sees at a time
+
     def __init__(
         self,
         dim: int,
@@ -125,15 +133,64 @@ class CogVideoXBlock(nn.Module):
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
         attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Video tokens (B, N, D), text tokens (B, L, D), temb (1 or B, E), rotary tables (N, head_dim) -> new video and text tokens."""
-        video, text = hidden_states, encoder_hidden_states
+        """Video tokens (B, N, D), text tokens (B, L, D), temb (1 or B, E), rotary tables (N, head_dim) -> new video and text tokens.
+
+        In place of temb, rows (1 or B,) of the norms' tables.
+        """
+        options = attention_kwargs or {}
+        if not self.one_by_one or len(hidden_states) == 1:
+            return self._update(hidden_states, encoder_hidden_states, temb, image_rotary_emb, options)
+
+        def sample(i: int) -> tuple[Tensor, Tensor]:
+            own = _of_sample(options, i)
+            return self._update(hidden_states[i, None], encoder_hidden_states[i, None], temb[i % len(temb), None], image_rotary_emb, own)
+
+        return _one_by_one(sample, len(hidden_states))
+
+    def _update(
+        self, video: Tensor, text: Tensor, temb: Tensor, rotary: tuple[Tensor, Tensor] | None, options: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor]:
         video_in, text_in, video_gate, text_gate = self.norm1(video, text, temb)
-        video_out, text_out = self.attn1(
-            hidden_states=video_in, encoder_hidden_states=text_in, image_rotary_emb=image_rotary_emb, **(attention_kwargs or {})
-        )
+        video_out, text_out = self.attn1(hidden_states=video_in, encoder_hidden_states=text_in, image_rotary_emb=rotary, **options)
+        del video_in, text_in  # the feed-forward network needs the memory
         video, text = torch.addcmul(video, video_gate, video_out), torch.addcmul(text, text_gate, text_out)
+        del video_out, text_out
+        if self.ff_tokens is not None:
+            return self._feed_forward_in_chunks(video, text, temb, self.ff_tokens)
 
         video_in, text_in, video_gate, text_gate = self.norm2(video, text, temb)
         joint = self.ff(torch.cat([text_in, video_in], dim=1))
         text_out, video_out = joint.split([text.shape[1], video.shape[1]], dim=1)
         return torch.addcmul(video, video_gate, video_out), torch.addcmul(text, text_gate, text_out)
+
+    def _feed_forward_in_chunks(self, video: Tensor, text: Tensor, temb: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """The second half of a block, `size` tokens at a time; without gradients in place, in arguments that nobody else holds."""
+        vectors = self.norm2.vectors(temb)
+
+        def updated(tokens: Tensor, of: Modulation) -> Tensor:
+            in_place = not torch.is_grad_enabled() and torch.promote_types(tokens.dtype, of.gate.dtype) == tokens.dtype
+            add = Tensor.addcmul_ if in_place else torch.addcmul
+            parts = [add(part, of.gate, self.ff(self.norm2.modulate(part, of.shift, of.scale))) for part in tokens.split(size, dim=1)]
+            return tokens if in_place else torch.cat(parts, dim=1)
+
+        return updated(video, Modulation(*vectors[:3])), updated(text, Modulation(*vectors[3:]))
+
+
+def _of_sample(options: Mapping[str, Any], i: int) -> dict[str, Any]:
+    """The attention processor's options for sample i of a batch: a mask may be of one sample, everything else is of all."""
+    mask = options.get("attention_mask")
+    return {**options} if mask is None or len(mask) == 1 else {**options, "attention_mask": mask[i, None]}
+
+
+def _one_by_one(sample: Callable[[int], tuple[Tensor, Tensor]], batch: int) -> tuple[Tensor, Tensor]:
+    """The results (1, N, D) and (1, L, D) of all samples as a batch; without gradients each goes to its place at once."""
+    if torch.is_grad_enabled():
+        videos, texts = zip(*map(sample, range(batch)), strict=True)
+        return torch.cat(videos), torch.cat(texts)
+    for i in range(batch):
+        one_video, one_text = sample(i)
+        if i == 0:
+            video, text = (one.new_empty(batch, *one.shape[1:]) for one in (one_video, one_text))
+        video[i], text[i] = one_video[0], one_text[0]
+        del one_video, one_text  # the next sample needs the memory
+    return video, text

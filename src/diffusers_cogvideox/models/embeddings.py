@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..geometry import Geometry
 
-__all__ = ["CogVideoXPatchEmbed", "embed_scalar", "patchify", "resize_table", "sincos_table", "unpatchify"]
+__all__ = ["CogVideoXPatchEmbed", "embed_scalar", "patchify", "per_sample", "resize_table", "sincos_table", "unpatchify"]
 
 logger = logging.get_logger(__name__)
 
@@ -199,7 +199,15 @@ def embed_scalar(value: float | Tensor, sinusoid: Timesteps, mlp: TimestepEmbedd
     Raises:
         ValueError: another number of values.
     """
+    return mlp(sinusoid(per_sample(value, like, name)).to(like.dtype))
+
+
+def per_sample(value: float | Tensor, like: Tensor, name: str) -> Tensor:
+    """One number for the whole batch of `like` (B, ...), or one for each sample, as a tensor (1,) or (B,) on its device.
+
+    Raises ValueError, which calls the value by `name`, for another number of values.
+    """
     values = torch.as_tensor(value, device=like.device).reshape(-1)
     if len(values) not in (1, len(like)):
         raise ValueError(f"{name} has {len(values)} values for a batch of {len(like)}: give one, or one per sample.")
-    return mlp(sinusoid(values).to(like.dtype))
+    return values

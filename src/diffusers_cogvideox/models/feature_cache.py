@@ -7,9 +7,9 @@ from typing import Any
 
 from diffusers.hooks import MagCacheConfig, SeaCacheConfig
 from diffusers.models.cache_utils import CacheMixin
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["CheckedCacheMixin", "check_cached_loop", "noisy_latents"]
+__all__ = ["CheckedCacheMixin", "check_cached_loop", "first_stateful_layer", "noisy_latents"]
 
 
 class CheckedCacheMixin(CacheMixin):
@@ -74,3 +74,12 @@ def check_cached_loop(model: Any, steps: int, *, windows: bool = False, halved: 
         )
     if halved:
         raise ValueError("MagCache counts guided and unguided steps apart, and guidance_interval has both: leave one of the two out.")
+
+
+def first_stateful_layer(blocks: nn.ModuleList) -> str | None:
+    """Name of the first layer inside the blocks, not a block itself, with a hook that remembers its calls; None without any."""
+    for name, layer in blocks.named_modules():
+        registry = getattr(layer, "_diffusers_hook", None)
+        if "." in name and registry is not None and any(hook._is_stateful for hook in registry.hooks.values()):
+            return name
+    return None

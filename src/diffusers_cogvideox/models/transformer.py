@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from ..geometry import Geometry
 from .attention import with_separate_projections
 from .block import AdaLayerNorm, CogVideoXBlock, FinalLayerNorm, TokenNorm
-from .embeddings import CogVideoXPatchEmbed, embed_scalar, unpatchify
-from .feature_cache import CheckedCacheMixin
+from .embeddings import CogVideoXPatchEmbed, embed_scalar, per_sample, unpatchify
+from .feature_cache import CheckedCacheMixin, first_stateful_layer
 from .single_file import SingleFileMixin
 
 __all__ = ["CogVideoXBlock", "CogVideoXTransformer3DModel", "initialize_for_training"]
@@ -60,6 +60,8 @@ class CogVideoXTransformer3DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftA
     _no_split_modules: ClassVar[list[str]] = ["CogVideoXBlock", "CogVideoXPatchEmbed"]  # type: ignore[misc,assignment]
     _repeated_blocks: ClassVar[list[str]] = ["CogVideoXBlock"]  # type: ignore[misc]
     _gradient_checkpointing_func: Any
+    modulation: Any = None  # tables of the loop that runs, see modulation.py
+    releases_modulation = False
 
     @register_to_config
     def __init__(
@@ -136,6 +138,57 @@ class CogVideoXTransformer3DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftA
         """
         self.float32_residual = enabled
 
+    def release_modulation(self, enabled: bool = True) -> None:
+        """Keep the weights of the modulation layers off the device while a pipeline's loop runs: a seventh of the 5B model's parameters.
+
+        The loop looks up what they make in tables, which are computed before it. Results stay the same. What moves the weights costs is
+        one copy to the host and back for each call. Only does anything for weights that would stay on an accelerator during the loop.
+        """
+        self.releases_modulation = enabled
+
+    def split_batch(self, enabled: bool = True) -> None:
+        """Let every block work on one sample of the batch after the other, such as the two halves of guidance.
+
+        A block's intermediate results take as much memory as those of one sample, while its weights are brought to the device once for
+        all (unlike the pipelines' `sequential_guidance`). Results are the same to rounding. On a large GPU a little slower.
+
+        Raises:
+            ValueError: a cache that counts the calls of layers inside the blocks is on.
+        """
+        self._set_on_blocks("one_by_one", enabled, "split_batch", enabled)
+
+    def chunk_feed_forward(self, tokens: int | None) -> None:
+        """Let the feed-forward networks work on at most so many tokens of each sample at a time, None for all.
+
+        Their intermediate results, the largest of a block, then take 8 D bytes per token and sample in half precision. Results are the
+        same to rounding.
+
+        Raises:
+            ValueError: for less than one token, or while a cache is on that counts the calls of layers inside the blocks.
+        """
+        if tokens is not None and tokens < 1:
+            raise ValueError(f"chunk_feed_forward({tokens}) is not possible: give 1 token or more, or None for all at once.")
+        self._set_on_blocks("ff_tokens", tokens, "chunk_feed_forward", tokens is not None)
+
+    def _set_on_blocks(self, name: str, value: Any, method: str, calls_more: bool) -> None:
+        if calls_more and (layer := first_stateful_layer(self.transformer_blocks)):
+            raise ValueError(
+                f"{method} calls layers several times in a pass, and the feature cache on {layer} counts calls: call disable_cache() first."
+            )
+        for block in self.transformer_blocks:
+            setattr(block, name, value)
+
+    def enable_cache(self, config: Any) -> None:
+        """As `CheckedCacheMixin.enable_cache`; also refuses a cache that `split_batch` or `chunk_feed_forward` would mislead."""
+        super().enable_cache(config)
+        layer = first_stateful_layer(self.transformer_blocks)
+        if layer and any(block.one_by_one or block.ff_tokens for block in self.transformer_blocks):
+            self.disable_cache()
+            raise ValueError(
+                f"{type(config).__name__} counts the calls of {layer}, which split_batch() and chunk_feed_forward() call several times in "
+                "a pass: call split_batch(False) and chunk_feed_forward(None) first, or use a cache of whole blocks."
+            )
+
     @property
     def geometry(self) -> Geometry:
         """Size rules of this model."""
@@ -174,7 +227,9 @@ class CogVideoXTransformer3DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftA
         grid = self._check_inputs(hidden_states, encoder_hidden_states)
         image_rotary_emb = self._check_rotary(image_rotary_emb, math.prod(grid), hidden_states.device)
         text, video = self.patch_embed(encoder_hidden_states, hidden_states)
-        temb = self._embed_time(timestep, timestep_cond, ofs, hidden_states)
+        temb = self._look_up(timestep, ofs, hidden_states)
+        if temb is None:
+            temb = self.embed_time(timestep, timestep_cond, ofs, hidden_states)
         text, video = self.embedding_dropout(text), self.embedding_dropout(video)
         if self.float32_residual:
             text, video = text.float(), video.float()
@@ -195,8 +250,19 @@ class CogVideoXTransformer3DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftA
         sample = unpatchify(self.proj_out(video), grid, self.geometry)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
-    def _embed_time(self, timestep: float | Tensor, timestep_cond: Tensor | None, ofs: float | Tensor | None, like: Tensor) -> Tensor:
-        """temb (1 or B, E) of the timestep and, in CogVideoX 1.5 image-to-video, ofs."""
+    def _look_up(self, timestep: float | Tensor, ofs: float | Tensor | None, like: Tensor) -> Tensor | None:
+        """In place of temb: rows (1 or B,) of the blocks' tables, while there are tables that hold this timestep."""
+        if self.modulation is None or torch.is_grad_enabled():
+            return None
+        return self.modulation.rows(per_sample(timestep, like, "timestep"), ofs)
+
+    def embed_time(self, timestep: float | Tensor, timestep_cond: Tensor | None, ofs: float | Tensor | None, like: Tensor) -> Tensor:
+        """temb (1 or B, E) of the timestep and, in CogVideoX 1.5 image-to-video, ofs; `like` (B, ...) gives batch, dtype and device.
+
+        Raises:
+            ValueError: for numbers of timesteps that are neither 1 nor B, for a timestep_cond, for ofs where the model has none, or none
+                where it has.
+        """
         if timestep_cond is not None:
             raise ValueError("timestep_cond is not supported: no CogVideoX model has weights for it. Leave it None.")
         temb = embed_scalar(timestep, self.time_proj, self.time_embedding, like, "timestep")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..models.feature_cache import check_cached_loop
+from ..models.modulation import ModulationTables, tabulated
 from ..models.rope import Rotary, rope_for
 from ..runtime.health import run_checked
 from .conditioning import Condition
@@ -58,7 +60,7 @@ def denoise(
     journal = request.journal
     done = journal.enter(pipe, timesteps, request.generator, tensors) if journal else 0
 
-    with pipe.progress_bar(total=len(timesteps)) as progress:
+    with predict.tabulated(timesteps) as tables, pipe.progress_bar(total=len(timesteps)) as progress:
         progress.update(done)
         for index, value in list(enumerate(timesteps.tolist()))[done:]:
             if pipe.interrupt:
@@ -72,7 +74,7 @@ def denoise(
             latents = condition.hold(tensors["latents"], timestep)
             prediction = predict(pipe.scheduler.scale_model_input(latents, timestep), tensors["prompt_embeds"], timestep, scale, place)
             tensors["latents"] = step(prediction, timestep, latents).to(latents.dtype)
-            _call_back(pipe, request, index, timestep, tensors)
+            _call_back(pipe, request, index, timestep, tensors, tables)
             if journal:
                 journal.record(index + 1, pipe, timesteps, request.generator, tensors["latents"])
             progress.update()
@@ -140,6 +142,11 @@ class Predictor:
             raise ValueError("shuffle_noise=True would shuffle the video that this call starts from: leave it out, or start from noise.")
         return self.windows.reuse_noise(latents, request.generator)
 
+    def tabulated(self, timesteps: Tensor) -> AbstractContextManager[ModulationTables | None]:
+        """Modulation tables of the schedule (N,) while the block runs."""
+        options = {"ofs": None} | self.options
+        return tabulated(self.transformer, timesteps, release=getattr(self.transformer, "releases_modulation", False), **options)
+
     def __call__(self, latents: Tensor, embeds: Tensor, timestep: Tensor, scale: float | None, place: dict[str, Any]) -> Tensor:
         """Velocity (B, F, C, H, W) in float32.
 
@@ -206,12 +213,14 @@ class Predictor:
             return run_checked(self.transformer, call, where).float()
 
 
-def _call_back(pipe: Any, request: Request, index: int, timestep: Tensor, tensors: dict[str, Any]) -> None:
+def _call_back(pipe: Any, request: Request, index: int, timestep: Tensor, tensors: dict[str, Any], tables: ModulationTables | None) -> None:
     """Show the callback what it asked for and take over what it returns, in `tensors`. Raises ValueError for unknown names."""
     if request.callback_on_step_end is None:
         return
     shown = {name: tensors[name] for name in request.callback_on_step_end_tensor_inputs}
     returned = request.callback_on_step_end(pipe, index, timestep, dict(shown)) or {}
+    if tables is not None:
+        tables.refresh()  # it may have changed a LoRA
     unknown = sorted(set(returned) - set(tensors))
     if unknown:
         raise ValueError(f"callback_on_step_end returned {unknown}, but only {list(tensors)} can be replaced.")
