@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from ..geometry import Geometry
 from .attention import with_separate_projections
 from .block import AdaLayerNorm, CogVideoXBlock, FinalLayerNorm, TokenNorm
+from .cache_states import first_stateful_layer
 from .embeddings import CogVideoXPatchEmbed, embed_scalar, per_sample, unpatchify
-from .feature_cache import CheckedCacheMixin, first_stateful_layer
+from .feature_cache import CheckedCacheMixin
 from .single_file import SingleFileMixin
 
 __all__ = ["CogVideoXBlock", "CogVideoXTransformer3DModel", "initialize_for_training"]
