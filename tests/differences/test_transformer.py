@@ -31,6 +31,13 @@ def quiet():
     logging.set_verbosity(verbosity)
 
 
+def count_calls(module) -> list[int]:
+    """A list that grows by one whenever the module computes."""
+    calls = []
+    module.register_forward_hook(lambda *_: calls.append(1))
+    return calls
+
+
 def count_runs(model) -> list[int]:
     """A list that grows by one whenever the last block computes."""
     runs = []
@@ -67,16 +74,21 @@ def test_d7_caches_that_match_nothing():
     kwargs, calls = inputs(stock), []
     for layer in stock.transformer_blocks.modules():
         layer.register_forward_hook(lambda *_: calls.append(1))
-    stock.enable_cache(TaylorSeerCacheConfig(cache_interval=3, disable_cache_before_step=1))
+    runs = count_calls(ours.transformer_blocks[0].attn1.to_q)
     counts = []
+    for model in (stock, ours):
+        model.enable_cache(TaylorSeerCacheConfig(cache_interval=3, disable_cache_before_step=1))
     for _ in range(5):
         calls.clear()
-        with stock.cache_context("cond_uncond"):
-            forward(stock, kwargs)
+        for model in (stock, ours):
+            with model.cache_context("cond_uncond"):
+                forward(model, kwargs)
         counts.append(len(calls))
     assert len(set(counts)) == 1
+    assert len(runs) == 2  # steps 0 and 2
+    ours.disable_cache()
     with pytest.raises(ValueError, match="reaches no layer"):
-        ours.enable_cache(TaylorSeerCacheConfig())
+        ours.enable_cache(TaylorSeerCacheConfig(cache_identifiers=["attn"]))
 
 
 def test_d8_seacache_skips_steps(loaded, quiet):

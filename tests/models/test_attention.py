@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from diffusers.models import attention_dispatch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, attention_backend
 from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
 from peft import LoraConfig
@@ -48,22 +47,6 @@ def test_attention_backend_takes_effect(calls):
     ours.set_attention_backend("native")
     forward(ours, kwargs)
     assert calls[4:] == ["native"] * 2
-
-
-def test_parallel_config_reaches_the_dispatcher(monkeypatch):
-    ours, _ = tiny_twins("5b")
-    seen = []
-    native = attention_dispatch._AttentionBackendRegistry._backends[AttentionBackendName.NATIVE]
-
-    def spy(*args, _parallel_config=None, **kwargs):
-        seen.append(_parallel_config)
-        return native(*args, **kwargs)
-
-    monkeypatch.setitem(_AttentionBackendRegistry._backends, AttentionBackendName.NATIVE, spy)
-    for processor in ours.attn_processors.values():
-        processor._parallel_config = "a plan"
-    forward(ours, inputs(ours))
-    assert seen == ["a plan"] * 2
 
 
 def test_stock_processor_can_be_set():

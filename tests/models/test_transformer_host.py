@@ -75,7 +75,7 @@ def test_pyramid_attention_broadcast_reuses_attention():
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize("options", [{"cache_identifiers": [r"transformer_blocks\.\d+\.attn1"]}, {"use_lite_mode": True}])
+@pytest.mark.parametrize("options", [{"cache_identifiers": [r"transformer_blocks\.\d+\.attn1"]}, {"use_lite_mode": True}, {}])
 def test_taylorseer_predicts_attention(options):
     ours, _ = tiny_twins("5b")
     kwargs = inputs(ours)
@@ -87,12 +87,12 @@ def test_taylorseer_predicts_attention(options):
     assert len(calls) == 3
 
 
-@pytest.mark.parametrize("config", [TaylorSeerCacheConfig(), TextKVCacheConfig()])
+@pytest.mark.parametrize("config", [TaylorSeerCacheConfig(cache_identifiers=["attn"]), TextKVCacheConfig()])
 def test_caches_that_reach_nothing_are_refused(config):
     ours, _ = tiny_twins("5b")
     kwargs = inputs(ours)
     before = forward(ours, kwargs)
-    with pytest.raises(ValueError, match=f"{type(config).__name__} as given reaches no layer .* needs cache_identifiers"):
+    with pytest.raises(ValueError, match=f"{type(config).__name__} as given reaches no layer .* such as transformer_blocks.0.attn1"):
         ours.enable_cache(config)
     assert not ours.is_cache_enabled
     torch.testing.assert_close(forward(ours, kwargs), before, rtol=0, atol=0)

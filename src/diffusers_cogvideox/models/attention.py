@@ -1,7 +1,8 @@
 """Joint attention over text and video tokens, as a diffusers attention module with a replaceable processor.
 
-The processor goes through diffusers' attention dispatcher, so `set_attention_backend`, the `attention_backend` context and context
-parallelism reach it. `hidden_states` is always the video stream and `encoder_hidden_states` the text stream, as everywhere in diffusers.
+The processor goes through diffusers' attention dispatcher, so that `set_attention_backend` and the `attention_backend` context reach it;
+with context parallelism, between the ranks' exchanges.
+`hidden_states` is always the video stream and `encoder_hidden_states` the text stream, as everywhere in diffusers.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
+from .context_parallel import Spread, attend_together
 from .rope import apply_rotary, with_text
 
-__all__ = ["CogVideoXAttention", "CogVideoXAttnProcessor", "with_separate_projections"]
+__all__ = ["PROJECTIONS", "CogVideoXAttention", "CogVideoXAttnProcessor", "with_separate_projections"]
 
 QK_NORM_EPS = 1e-6
 PROJECTIONS = ("to_q", "to_k", "to_v")
@@ -27,7 +29,6 @@ class CogVideoXAttnProcessor:
     """softmax(q k^T / sqrt(d)) v over the sequence [text; video], with normalised q and k, rotated where the tokens are video."""
 
     _attention_backend: Any = None  # set by diffusers' set_attention_backend
-    _parallel_config: Any = None  # set by diffusers' enable_parallelism
 
     def __call__(
         self,
@@ -36,6 +37,7 @@ class CogVideoXAttnProcessor:
         encoder_hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        spread: Spread | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Attend.
 
@@ -45,27 +47,26 @@ class CogVideoXAttnProcessor:
             encoder_hidden_states: text tokens (B, L, D).
             attention_mask: boolean (True attends) or additive, (B, 1 or L+N, L+N), or 4-dimensional with heads in the second place.
             image_rotary_emb: (cos, sin) of the video tokens, each (N, head_dim).
+            spread: how the tokens of the whole video lie over several ranks, of which all of the above are this one's, but the mask
+                over all tokens.
 
         Returns:
             new video tokens (B, N, D) and text tokens (B, L, D).
         """
         lengths = [encoder_hidden_states.shape[1], hidden_states.shape[1]]
         joint = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-        query, key, value = (part.unflatten(-1, (attn.heads, -1)) for part in attn.project(joint))  # B x S x heads x d
+        query, key, value = (part.unflatten(-1, (-1, attn.head_dim)) for part in attn.project(joint))  # B x S x heads x d
         query, key = attn.norm_q(query), attn.norm_k(key)
         if image_rotary_emb is not None:
             rotary = with_text(image_rotary_emb, lengths[0])
             query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
         if attention_mask is not None and attention_mask.ndim == 3:
             attention_mask = attention_mask.unsqueeze(1)
-        joint = dispatch_attention_fn(
-            query,
-            key,
-            value,
-            attn_mask=attention_mask,
-            backend=self._attention_backend,
-            parallel_config=self._parallel_config,
-        ).flatten(2)
+        attend = functools.partial(dispatch_attention_fn, backend=self._attention_backend)
+        if spread is None:
+            joint = attend(query, key, value, attn_mask=attention_mask).flatten(2)
+        else:
+            joint = attend_together(attend, query, key, value, attention_mask, spread).flatten(2)
         for layer in attn.to_out:
             joint = layer(joint)
         text, video = joint.split(lengths, dim=1)
@@ -90,7 +91,7 @@ class CogVideoXAttention(AttentionModuleMixin, nn.Module):
     def __init__(self, dim: int, heads: int, head_dim: int, bias: bool = True) -> None:
         super().__init__()
         inner = heads * head_dim
-        self.heads = heads
+        self.heads, self.head_dim = heads, head_dim
         self.use_bias = bias
         self.norm_q, self.norm_k = (nn.LayerNorm(head_dim, eps=QK_NORM_EPS) for _ in range(2))
         self.to_q, self.to_k, self.to_v = (nn.Linear(dim, inner, bias=bias) for _ in PROJECTIONS)

@@ -20,14 +20,18 @@ from torch import Tensor, nn
 from ..geometry import Geometry
 from .attention import with_separate_projections
 from .block import AdaLayerNorm, CogVideoXBlock, FinalLayerNorm, TokenNorm
+from .cache_states import first_stateful_layer
 from .embeddings import CogVideoXPatchEmbed, embed_scalar, per_sample, unpatchify
-from .feature_cache import CheckedCacheMixin, first_stateful_layer
+from .feature_cache import CheckedCacheMixin
+from .parallel import ParallelMixin
 from .single_file import SingleFileMixin
 
 __all__ = ["CogVideoXBlock", "CogVideoXTransformer3DModel", "initialize_for_training"]
 
 
-class CogVideoXTransformer3DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CheckedCacheMixin, SingleFileMixin):  # type: ignore[misc]
+class CogVideoXTransformer3DModel(  # type: ignore[misc]
+    ParallelMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CheckedCacheMixin, SingleFileMixin
+):
     """Predicts the velocity of noisy video latents from text features and the timestep: every CogVideoX 1.0, 1.5 and Fun transformer.
 
     The arguments are the keys of the released config.json files.
@@ -231,6 +235,10 @@ class CogVideoXTransformer3DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftA
         if temb is None:
             temb = self.embed_time(timestep, timestep_cond, ofs, hidden_states)
         text, video = self.embedding_dropout(text), self.embedding_dropout(video)
+        spread = self.ranks and self.ranks.spread(text.shape[1], video.shape[1])
+        if spread:
+            text, video, image_rotary_emb = spread.own(text, video, image_rotary_emb)
+            attention_kwargs = {**(attention_kwargs or {}), "spread": spread}
         if self.float32_residual:
             text, video = text.float(), video.float()
 
@@ -247,7 +255,8 @@ class CogVideoXTransformer3DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftA
                 )
 
         video = self.norm_out(self.norm_final(video), temb)
-        sample = unpatchify(self.proj_out(video), grid, self.geometry)
+        video = self.proj_out(video)
+        sample = unpatchify(spread.whole(video) if spread else video, grid, self.geometry)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def _look_up(self, timestep: float | Tensor, ofs: float | Tensor | None, like: Tensor) -> Tensor | None:

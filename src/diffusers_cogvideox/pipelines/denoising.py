@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.feature_cache import check_cached_loop
+from ..models.feature_cache import check_unguided_pass, start_cached_loop
 from ..models.modulation import ModulationTables, tabulated
 from ..models.rope import Rotary, rope_for
 from ..runtime.health import run_checked
@@ -110,7 +110,8 @@ class Predictor:
         _, frames, _, height, width = latents.shape
         windows = request.context.over(frames, pipe.geometry, condition.anchors) if request.context else None
         halved = request.guided and steps_inside(request.guidance_interval, steps, "guidance_interval") != range(steps)
-        check_cached_loop(transformer, steps, windows=windows is not None, halved=halved)
+        batched = request.guided and not request.sequential_guidance and request.guider is None
+        start_cached_loop(transformer, steps, windows=windows is not None, kinds=1 + halved, batched=batched)
         options: dict[str, Any] = {"attention_kwargs": request.attention_kwargs}
         if condition.ofs is not None:
             options["ofs"] = latents.new_full((1,), condition.ofs)
@@ -176,6 +177,7 @@ class Predictor:
         if scale is None:
             # In a loop that is guided elsewhere, these passes are half as large: caching hooks must not mix them with the others.
             name = "cond" if len(embeds) > batch else "cond_uncond"
+            check_unguided_pass(self.transformer)
             conditional = prediction = self._velocity(x, embeds[-batch:], name, timestep, place)
         elif self.guider is not None:
             return steer(self.guider, self.transformer, embeds, timestep, place, partial(self._velocity, x, timestep=timestep, place=place))

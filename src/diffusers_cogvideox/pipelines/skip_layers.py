@@ -9,8 +9,8 @@ from typing import Any
 
 from diffusers.hooks import HookRegistry, LayerSkipConfig
 from diffusers.hooks.layer_skip import _apply_layer_skip_hook
-from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
+from ..models.feature_cache import check_scores_can_be_skipped
 from .guidance import Interval, check_interval
 
 __all__ = ["PARTS", "SkipLayers"]
@@ -59,14 +59,8 @@ class SkipLayers:
             raise ValueError(
                 f"layers={list(self.layers)} is not possible: name some of the transformer's {count} blocks, 0 to {count - 1}."
             )
-        for processor in transformer.attn_processors.values() if self.part == "scores" else []:
-            backend = getattr(processor, "_attention_backend", None) or _AttentionBackendRegistry.get_active_backend()[0]
-            name = str(getattr(backend, "value", backend))
-            if "native" not in name or "flex" in name:  # LayerSkip replaces PyTorch's scaled_dot_product_attention
-                raise ValueError(
-                    f"part='scores' has no effect with the attention backend {name}: use part='attention', or call "
-                    "pipe.transformer.set_attention_backend('native')."
-                )
+        if self.part == "scores":
+            check_scores_can_be_skipped(transformer)
 
     @contextmanager
     def left_out(self, transformer: Any) -> Iterator[None]:

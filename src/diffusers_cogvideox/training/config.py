@@ -14,6 +14,7 @@ _READ_BY = {
     "text_encoder": ("transformer",),
     "scheduler": ("transformer",),
     "init_from": ("vae", "transformer"),
+    "frozen": ("vae", "transformer"),
     "channels_last": ("vae",),
     "evaluate_prompts": ("transformer",),
     "data.clips": ("transformer",),
@@ -116,6 +117,9 @@ class TrainConfig:
     """The noise schedule's config keys where they differ from CogVideoX-5B's (transformer only)."""
     init_from: str | None = None
     """Folder of weights to start from instead of a fresh initialisation."""
+    frozen: tuple[str, ...] = ()
+    """Parts of the model that keep the weights of `init_from`, by name. [encoder] trains the decoder of a VAE alone: its latents, and so
+    the transformers trained on them, stay as they are."""
     data: DataOptions = field(default_factory=DataOptions)
     optimisation: Optimisation = field(default_factory=Optimisation)
     objective: dict[str, float] = field(default_factory=dict)

@@ -29,7 +29,8 @@ def start_model(cls: type[Model], config: TrainConfig, initialize: Callable[[Mod
     """A `cls` of the run's config in training mode: from `init_from`, or made with the run's seed and `initialize`d.
 
     Raises:
-        ValueError: for config keys that `cls` does not have, or that the weights to start from do not share.
+        ValueError: for config keys that `cls` does not have, or that the weights to start from do not share, and for frozen parts that
+            `cls` does not have, or that would leave nothing to train.
         FileNotFoundError: for a folder that is not there.
     """
     check_folders(config)
@@ -42,7 +43,22 @@ def start_model(cls: type[Model], config: TrainConfig, initialize: Callable[[Mod
         check_keys("model", config.model, signature(cls).parameters)
         model = cls(**config.model)
         initialize(model)
+    _freeze(model, config)
     return model.train()
+
+
+def _freeze(model: torch.nn.Module, config: TrainConfig) -> None:
+    """Take the gradients from the parts of `model` that are to keep their weights."""
+    if config.frozen and not config.init_from:
+        raise ValueError(f"frozen={list(config.frozen)} would keep random weights: name the folder of trained ones as init_from.")
+    parts = dict(model.named_modules())
+    for name in config.frozen:
+        if not name or name not in parts:
+            known = ", ".join(child for child, _ in model.named_children())
+            raise ValueError(f"frozen: {type(model).__name__} has no part {name!r}; the parts that it consists of are {known}.")
+        parts[name].requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"frozen={list(config.frozen)} leaves nothing to train: leave a part out.")
 
 
 def _with_inputs(model: Any, in_channels: int | None) -> Any:

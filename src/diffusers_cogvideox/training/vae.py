@@ -57,11 +57,12 @@ class VAETask:
         return {"video": video.to(memory_format=torch.channels_last_3d) if config.channels_last else video.contiguous()}
 
     def save(self, folder: Path) -> None:
-        """The VAE with the scaling factor of its own latents, and their statistics beside it."""
+        """The VAE with the scaling factor of its own latents, and their statistics beside it; a frozen encoder's are those it came with."""
         vae = self.objective.model
         world = MovingShapes(self.config.data.seed, objects=self.config.data.objects)
         statistics = latent_statistics(encode_clips(vae.eval(), world, range(_STATISTICS_CLIPS)))
-        vae.register_to_config(scaling_factor=round(statistics["scaling_factor"], 6))
+        if "encoder" not in self.config.frozen:
+            vae.register_to_config(scaling_factor=round(statistics["scaling_factor"], 6))
         vae.save_pretrained(folder)
         (folder / "latent_statistics.json").write_text(json.dumps(statistics, indent=2) + "\n", encoding="utf8")
 

@@ -1,0 +1,173 @@
+"""What tests run on several ranks (see ranks.py); every rank calls the function."""
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import ContextParallelConfig, FirstBlockCacheConfig, TensorParallelConfig
+from diffusers.hooks import tensor_parallel as tensor_parallel_hooks
+from torch import distributed as dist
+
+from diffusers_cogvideox.models.collectives import Group, add_up, exchange, gather, shares
+from transformer_cases import inputs, tiny_twins
+
+TOLERANCE = {"rtol": 0, "atol": 1e-5}
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, **TOLERANCE)
+
+
+def collectives() -> None:
+    """Unequal parts arrive where they should, and so do their gradients."""
+    group = Group.of(dist.group.WORLD)
+    rank, size = group.rank, group.size
+    rows, columns = shares(7, size), shares(5, size)
+    whole = torch.arange(7 * 5 * 2.0).view(7, 5, 2)
+    mine = whole.split(rows, 0)[rank].clone().requires_grad_()
+    turned = exchange(mine, (1, columns), (0, rows), group)
+    close(turned, whole.split(columns, 1)[rank])
+    close(exchange(turned, (0, rows), (1, columns), group), mine)
+    factor = torch.arange(7.0).view(7, 1, 1) + 1
+    (turned * factor).sum().backward()
+    close(mine.grad, factor.split(rows, 0)[rank].expand_as(mine))
+
+    for shared in (True, False):
+        mine.grad = None
+        gathered = gather(mine, 0, rows, group, shared=shared)
+        close(gathered, whole)
+        (gathered * factor).sum().backward()
+        times = 1 if shared else size
+        close(mine.grad, times * factor.split(rows, 0)[rank].expand_as(mine))
+
+    mine = torch.full((2,), float(rank), requires_grad=True)
+    total = add_up(mine, group)
+    close(total, torch.full((2,), sum(range(size)) * 1.0))
+    total.sum().backward()
+    close(mine.grad, torch.ones(2))
+
+
+def context_parallel(cases: list[tuple[str, dict[str, int], dict[str, Any], dict[str, int]]]) -> None:
+    """A model on all ranks gives the result and, added up, the gradients that it gives on one.
+
+    A case is a variant, the degrees, changes to the model's config, and the sizes of its inputs.
+    """
+    group = Group.of(dist.group.WORLD)
+    for variant, degrees, changes, sizes in cases:
+        torch.manual_seed(0)
+        model, _ = tiny_twins(variant, **changes)
+        kwargs = inputs(model, **sizes)
+        expected = model(**kwargs)[0]
+        weights = torch.randn_like(expected)
+        (expected * weights).sum().backward()
+        gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+        model.zero_grad()
+
+        model.enable_parallelism(config=ContextParallelConfig(**degrees))
+        result = model(**kwargs)[0]
+        close(result, expected)
+        (result * weights).sum().backward()
+        for name, parameter in model.named_parameters():
+            grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            scale = max(1.0, float(gradients[name].abs().max()))
+            close(add_up(grad, group) / scale, gradients[name] / scale)
+        assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def masks_and_backends(degrees: dict[str, int]) -> None:
+    """An attention mask over all tokens, one for each head, and kernels that diffusers' own context parallelism does not know."""
+    model, _ = tiny_twins("5b", num_attention_heads=3)
+    kwargs = inputs(model)
+    tokens = 7 + kwargs["image_rotary_emb"][0].shape[0]
+    for shape in ((2, tokens, tokens), (2, 1, 1, tokens), (1, 3, tokens, tokens)):
+        mask = torch.rand(shape) > 0.3
+        masked = kwargs | {"attention_kwargs": {"attention_mask": mask}}
+        with torch.no_grad():
+            expected = model(**masked)[0]
+            assert (expected - model(**kwargs)[0]).abs().max() > 1e-2
+            for backend in ("native", "_native_math"):
+                model.set_attention_backend(backend)
+                model.enable_parallelism(config=ContextParallelConfig(**degrees))
+                close(model(**masked)[0], expected)
+                model.disable_parallelism()
+
+
+def refusals() -> None:
+    """What context parallelism cannot do is said."""
+    model, _ = tiny_twins("5b")
+    size = dist.get_world_size()
+    with pytest.raises(ValueError, match="4 ranks, but 2 are running"):
+        model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=4))
+    with pytest.raises(ValueError, match="splits its tokens by itself"):
+        model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=size), cp_plan={})
+    assert model._parallel_config is None
+    model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=size), cp_plan=model._cp_plan)
+    with pytest.raises(RuntimeError, match="on already"):
+        model.enable_parallelism(config=ContextParallelConfig(ring_degree=size))
+    with pytest.raises(ValueError, match="FirstBlockCacheConfig decides by the tokens"):
+        model.enable_cache(FirstBlockCacheConfig())
+    model.disable_parallelism()
+    model._cache_config = FirstBlockCacheConfig()
+    with pytest.raises(ValueError, match="FirstBlockCacheConfig decides by the tokens"):
+        model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=size))
+
+
+def tensor_parallel(cases: list[tuple[str, dict[str, Any]]]) -> None:
+    """A model in shares gives the result of the whole one, and the gradients of what each rank has."""
+    group = Group.of(dist.group.WORLD)
+    for variant, changes in cases:
+        torch.manual_seed(0)
+        model, _ = tiny_twins(variant, **changes)
+        kwargs = inputs(model)
+        expected = model(**kwargs)[0]
+        weights = torch.randn_like(expected)
+        (expected * weights).sum().backward()
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        whole = sum(parameter.numel() for parameter in model.transformer_blocks.parameters())
+        model.zero_grad()
+        model.enable_parallelism(config=TensorParallelConfig(tp_degree=group.size))
+        assert sum(parameter.numel() for parameter in model.transformer_blocks.parameters()) < 0.8 * whole
+        result = model(**kwargs)[0]
+        close(result, expected)
+        (result * weights).sum().backward()
+        for name, parameter in model.named_parameters():
+            if parameter.shape == gradients[name].shape:
+                scale = max(1.0, float(gradients[name].abs().max()))
+                close(parameter.grad / scale, gradients[name] / scale)
+            else:
+                assert torch.isfinite(parameter.grad).all()
+        with pytest.raises(ValueError, match="load the model again"):
+            model.disable_parallelism()
+        with pytest.raises(NotImplementedError, match="sharded with tensor parallelism"):
+            model.save_pretrained("anywhere")
+
+
+def tensor_parallel_by_loading(folder: str) -> None:
+    """diffusers reads only a rank's share of each weight, by the model's plan; here on processors, which it leaves out by name only."""
+    model, _ = tiny_twins("1.5-5b-i2v")
+    kwargs = inputs(model)
+    if dist.get_rank() == 0:
+        model.save_pretrained(folder)
+    dist.barrier()
+    tensor_parallel_hooks._SUPPORTED_TP_DEVICES = ("cpu",)
+    loaded = type(model).from_pretrained(folder, parallel_config=TensorParallelConfig(tp_degree=2))
+    assert loaded.transformer_blocks[0].attn1.to_q.weight.to_local().shape == (32, 64)
+    with torch.no_grad():
+        close(loaded(**kwargs)[0], model(**kwargs)[0])
+
+
+def tensor_refusals() -> None:
+    """What cannot be shared by heads is left as it was."""
+    for changes, fused, match in (
+        ({"num_attention_heads": 1}, False, "2 ranks cannot share 1 attention heads"),
+        ({"activation_fn": "geglu"}, False, "gated feed-forward"),
+        ({}, True, "unfuse_qkv_projections"),
+    ):
+        model, _ = tiny_twins("5b", **changes)
+        if fused:
+            model.fuse_qkv_projections()
+        shapes = [parameter.shape for parameter in model.parameters()]
+        with pytest.raises(ValueError, match=match):
+            model.enable_parallelism(config=TensorParallelConfig(tp_degree=2))
+        assert model._parallel_config is None
+        assert shapes == [parameter.shape for parameter in model.parameters()]

@@ -1,0 +1,64 @@
+"""Functions run on several ranks, gloo processes on this machine, which are forked from a server that has imported everything once."""
+
+import multiprocessing
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+START = multiprocessing.get_context("forkserver")
+START.set_forkserver_preload(["diffusers_cogvideox", "peft", "torch._dynamo"])  # as much as can be found without the path of the tests
+
+
+def run(count: int, check: Callable[..., Any], *arguments: Any, timeout: float = 100) -> list[Any]:
+    """What `check(*arguments)` returns on each of `count` ranks; a failed rank fails the test with its traceback."""
+    outcomes = outcomes_of(count, check, *arguments, timeout=timeout)
+    failed = {rank: error for rank, (result, error) in enumerate(outcomes) if error is not None}
+    assert not failed, "\n".join(f"--- rank {rank} of {count}\n{error}" for rank, error in failed.items())
+    return [result for result, _ in outcomes]
+
+
+def outcomes_of(count: int, check: Callable[..., Any], *arguments: Any, timeout: float = 100) -> list[tuple[Any, str | None]]:
+    """(result, None) or (None, traceback) of each rank; a rank that says nothing within `timeout` seconds is ended."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pipes = [START.Pipe(duplex=False) for _ in range(count)]
+    processes = [
+        START.Process(target=_rank, args=(sender, rank, count, port, check, arguments), daemon=True)
+        for rank, (_, sender) in enumerate(pipes)
+    ]
+    for process, (_, sender) in zip(processes, pipes, strict=True):
+        process.start()
+        sender.close()
+    outcomes: dict[Connection, tuple[Any, str | None]] = {}
+    waiting, deadline = [receiver for receiver, _ in pipes], time.monotonic() + timeout
+    while waiting and (ready := wait(waiting, max(0.0, deadline - time.monotonic()))):
+        for receiver in ready:
+            try:
+                outcomes[receiver] = receiver.recv()
+            except EOFError:
+                outcomes[receiver] = (None, "ended without a word")
+            waiting.remove(receiver)
+    for process in processes:
+        process.join(5)
+        if process.is_alive():
+            process.kill()
+    return [outcomes.get(receiver, (None, f"nothing for {timeout} seconds")) for receiver, _ in pipes]
+
+
+def _rank(sender: Connection, rank: int, count: int, port: int, check: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    try:
+        timeout = timedelta(seconds=60)
+        torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=count, timeout=timeout)
+        sender.send((check(*arguments), None))
+        torch.distributed.destroy_process_group()
+    except BaseException:
+        sender.send((None, traceback.format_exc()))
