@@ -96,7 +96,7 @@ class TransformerPass:
     # --- moments ----------------------------------------------------------------------------------------------------
 
     def _outside(self) -> int:
-        """What lives around a block's work on one group: its inputs; with the batch split, the results of all and those of the last group."""
+        """What lives around a block's work on one group: its inputs; with the batch split, results, and those of the group before."""
         whole = self._stream // self._group * self.batch
         return 2 * whole + self._stream if self.split_batch and self.batch > 1 else whole
 
@@ -118,7 +118,7 @@ class TransformerPass:
         return 5 * u + max(normed, rotated, attended, adapted)
 
     def _feed_forward(self) -> int:
-        """The stream after attention, and the hidden layer before and after its activation: of all tokens, or of some video or text tokens at a time."""
+        """The stream after attention, and the hidden layer before and after its activation: of all tokens, or of some at a time."""
         if self.ff_tokens is not None:
             part = self._group * min(self.ff_tokens, max(self.tokens, self.text)) * self.dim * self.width
             return self._stream + (2 * _EXPANSION + 1) * part

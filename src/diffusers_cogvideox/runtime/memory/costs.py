@@ -31,6 +31,7 @@ WINDOW = 2
 _FF_TOKENS = (None, 4096, 1024)
 # What ways that do the same work in smaller parts are taken to cost; bands that are made twice were measured (benchmarks/results/vae.json).
 _SPLIT, _CHUNKED, _LEAN, _UPCAST = 1.01, 1.01, 1.15, 1.05
+_PAGED = 3  # how much longer weights take from memory that is not pinned
 _FLOAT = 4  # bytes of a float32
 _STEP_COPIES = 10  # latents in float32 that guidance and the sampler's step hold at once
 _LIBRARY = 64 * 10**6  # bytes of the matrix library's own memory on an accelerator
@@ -100,20 +101,28 @@ class Costs:
         adapters = self.facts.adapters * self.width if part == "transformer" else 0
         if quantisation is None:
             return facts.bytes(self.dtype) + adapters
-        return int(facts.blocks * facts.block * self.lossy[quantisation]) + facts.outside * self.width + adapters
+        beside = facts.parameters - facts.blocks * facts.block
+        return int(facts.blocks * facts.block * self.lossy[quantisation]) + beside * self.width + adapters
 
     def on_device(self, part: str, placement: Placement, quantisation: str | None = None) -> int:
         """Bytes of a part's weights on the device while they are used."""
+        whole = self.weights(part, quantisation)
         if placement in ("resident", "staged"):
-            return self.weights(part, quantisation)
-        return self._outside(part) + WINDOW * self.block(part, quantisation)
+            return whole
+        facts = self._part(part)
+        adapters = self.facts.adapters if part == "transformer" else 0
+        return min(whole, (facts.outside + facts.alone + adapters) * self.width + WINDOW * self.block(part, quantisation))
 
     def in_host_memory(self, part: str, placement: Placement, quantisation: str | None = None) -> int:
         """Bytes that a part takes in host memory all the time; on a processor, whose memory that is, everything counts as on the device."""
         if self.device == "cpu" or placement == "resident":
             return 0
-        whole = self.weights(part, quantisation)
-        return whole if placement != "disk" else min(whole, self._outside(part) + WINDOW * self.block(part, quantisation))
+        if placement == "staged":
+            return self.weights(part, quantisation)
+        facts, block = self._part(part), _pinned(self.block(part, quantisation))
+        if placement == "disk":
+            return WINDOW * block + facts.alone * self.width
+        return facts.blocks * (block + _pinned(facts.lent * self.width)) + _pinned(facts.embeddings * self.width)
 
     def possible(self, part: str) -> Sequence[Placement]:
         """Placements of a part: a VAE has no row of blocks, and a processor's memory is the host's."""
@@ -137,20 +146,17 @@ class Costs:
         return facts
 
     def block(self, part: str, quantisation: str | None = None) -> int:
-        """Bytes of one block of a part."""
+        """Bytes that come with one block of a part."""
         facts = self._part(part)
-        adapters = self.facts.adapters * self.width // facts.blocks if part == "transformer" else 0
-        return adapters + (int(facts.block * self.lossy[quantisation]) if quantisation else facts.block_bytes(self.dtype))
-
-    def _outside(self, part: str) -> int:
-        return self._part(part).outside * self.width
+        return int(facts.block * self.lossy[quantisation]) if quantisation else facts.block_bytes(self.dtype)
 
     def _library(self) -> int:
         return 0 if self.device == "cpu" else _LIBRARY
 
     def _arrival(self, size: int, placement: Placement) -> float:
         """Seconds that bytes take to the device, outside of computing."""
-        return 0.0 if placement == "resident" else size / (self.machine.disk if placement == "disk" else self.machine.link)
+        speeds = {"staged": self.machine.link / _PAGED, "streamed": self.machine.link, "disk": self.machine.disk}
+        return 0.0 if placement == "resident" else size / speeds[placement]
 
     def _in_blocks(self, part: str, placement: Placement, computing: float, quantisation: str | None = None) -> float:
         """Seconds of a pass whose blocks come while the ones before them compute, or whose weights are there."""
@@ -204,7 +210,7 @@ class Costs:
         return self.device != "cpu" and placement in ("resident", "staged") and quantisation is None
 
     def _pass(self, mode: TransformerMode) -> TransformerPass:
-        frames, height, width = self.work.latents(self.facts.geometry)
+        frames, height, width = self.work.latents(self.facts.geometry, seen=True)
         return TransformerPass(
             config=self.facts.transformer,
             batch=self.work.passes,
@@ -222,9 +228,9 @@ class Costs:
 
     @cached_property
     def operations(self) -> float:
-        """Of one pass: two per parameter of a block and token, and the two products of attention."""
+        """Of one pass: two per parameter of a block and token (but those of modulations), and the two products of attention."""
         part, facts = self._pass(TransformerMode()), self.facts.transformer_part
-        linear = 2 * (facts.block - facts.modulation[0]) * part.sequence
+        linear = 2 * facts.block * part.sequence
         return part.batch * facts.blocks * (linear + 4 * part.sequence**2 * part.dim)
 
     def _looped(self, mode: TransformerMode, part: TransformerPass, placement: Placement) -> Option:
@@ -233,7 +239,7 @@ class Costs:
         numbers = frames * height * width
         inputs = part.batch * numbers * config["in_channels"] * self.width
         steps = self.work.videos * numbers * (config["out_channels"] or config["in_channels"]) * _FLOAT * _STEP_COPIES
-        modulation = (facts.blocks * facts.modulation[0] + facts.modulation[1]) * self.width
+        modulation = facts.modulation * self.width
         tables = modulation_table_bytes(config, self.work.steps, self.width) + rotary_bytes(config, part.tokens)
         weights = self.on_device("transformer", placement, mode.quantisation)
         beside = tables + self._embeddings() + inputs + self._library()
@@ -251,3 +257,8 @@ class Costs:
         measures = (mode.split_batch, mode.ff_tokens, mode.quantisation, mode.release_modulation)
         host = modulation if mode.release_modulation else 0
         return Option(device, host, seconds, PLACEMENTS.index(placement) + sum(map(bool, measures)), mode)
+
+
+def _pinned(size: int) -> int:
+    """Bytes of pinned memory that PyTorch takes for so many: the next power of two."""
+    return 1 << (size - 1).bit_length() if size else 0

@@ -10,8 +10,9 @@ from .costs import WINDOW, Costs, Option, Placement, TransformerMode
 from .plan import Plan
 from .vae import Coding
 
-__all__ = ["explain", "stage_in_words"]
+__all__ = ["explain", "in_short", "stage_in_words"]
 
+_IN_MEMORY = "in memory throughout"
 _PLACES = {
     "resident": "on the device throughout",
     "staged": "on the device for this stage, in host memory otherwise",
@@ -20,9 +21,9 @@ _PLACES = {
 }
 
 
-def stage_in_words(name: str, placement: Placement, option: Option) -> tuple[str, ...]:
-    """What is done in a stage."""
-    mode = option.mode
+def stage_in_words(device: str, placement: Placement, option: Option) -> tuple[str, ...]:
+    """What is done in a stage, on a kind of device."""
+    mode, place = option.mode, _IN_MEMORY if device == "cpu" and placement == "resident" else _PLACES[placement]
     if isinstance(mode, TransformerMode):
         found = (
             (mode.quantisation, f"quantised to {mode.quantisation} (lossy)"),
@@ -30,17 +31,25 @@ def stage_in_words(name: str, placement: Placement, option: Option) -> tuple[str
             (mode.ff_tokens, f"feed-forward network {mode.ff_tokens} tokens at a time"),
             (mode.release_modulation, "modulation weights in host memory, tables in their place"),
         )
-        return (_PLACES[placement], *(words for active, words in found if active))
+        return (place, *(words for active, words in found if active))
     if isinstance(mode, Coding) and mode.saving.lean:
         caches = ", caches in host memory" if mode.saving.offload else ""
         rows = mode.saving.bands.rows
-        return _PLACES[placement], f"low-memory mode{f', bands of {rows} rows' if mode.thrift > 1 else ''}{caches}"
-    return (_PLACES[placement],)
+        return place, f"low-memory mode{f', bands of {rows} rows' if mode.thrift > 1 else ''}{caches}"
+    return (place,)
 
 
 def explain(plan: Plan, costs: Costs) -> Plan:
     """The plan with its reasons."""
     return replace(plan, reasons=tuple(_reasons(plan, costs)))
+
+
+def in_short(plan: Plan) -> str:
+    """The plan in one line."""
+    peaks = [(plan.device_peak, "on the device"), (plan.host_peak, "of RAM")]
+    sizes = " and ".join(f"{in_words(size)} {where}" for size, where in peaks if size)
+    hows = "; ".join(f"{stage.name}: {', '.join(stage.how)}" for stage in plan.stages if stage.part)
+    return f"memory: {sizes} at the peak ({hows})."
 
 
 def _reasons(plan: Plan, costs: Costs) -> Iterator[str]:
@@ -49,7 +58,7 @@ def _reasons(plan: Plan, costs: Costs) -> Iterator[str]:
     away = [part.replace("_", " ") for part, place in plan.placements.items() if place == "staged"]
     if away:
         size = in_words(sum(costs.weights(part.replace(" ", "_")) for part in away))
-        yield f"Weights of the {' and the '.join(away)} ({size}) are on the device only while they are used, which leaves room for the rest."
+        yield f"Weights of the {' and the '.join(away)} ({size}) are on the device only while they are used: room for the rest."
     if plan.slow_down > 0.005:
         yield f"Expected to take {100 * plan.slow_down:.0f} % longer than with no limit on memory."
     else:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +15,9 @@ from transformers import T5Config, T5EncoderModel
 
 from ...geometry import Geometry
 from ...models.autoencoder import AutoencoderKLCogVideoX
-from ...models.block import AdaLayerNorm
 from ...models.transformer import CogVideoXTransformer3DModel
 from ...presets import Preset
+from ..streamed_parts import Parts
 
 __all__ = ["T5_XXL", "WIDTHS", "ModelFacts", "PartFacts"]
 
@@ -37,34 +38,46 @@ T5_XXL: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class PartFacts:
-    """Parameters of a model that is a row of equal blocks between a beginning and an end.
+    """Parameters and buffers of a model that is a row of equal blocks between a beginning and an end, by how streaming brings them.
 
     Args:
         blocks: how many.
-        block: parameters of one.
-        outside: parameters and buffers of everything else.
-        modulation: those of all modulation layers, which a loop with tables does not need: of one block, and outside.
+        block: of one block, what is brought with it.
+        lent: of one block, what is brought only when it is called: modulation layers.
+        alone: the largest of what is brought on its own.
+        embeddings: of text, which are brought on their own.
+        outside: everything else, which stays.
+        final: those of the modulation layer at the end, a part of `outside`.
         float32: those of one block that stay in float32 when the model is loaded in float16.
     """
 
     blocks: int
     block: int
+    lent: int
+    alone: int
+    embeddings: int
     outside: int
-    modulation: tuple[int, int] = (0, 0)
+    final: int = 0
     float32: int = 0
 
     @property
     def parameters(self) -> int:
         """All of them."""
-        return self.blocks * self.block + self.outside
+        return self.blocks * (self.block + self.lent) + self.embeddings + self.outside
+
+    @property
+    def modulation(self) -> int:
+        """Those of all modulation layers, which a loop with tables does not use."""
+        return self.blocks * self.lent + self.final
 
     def block_bytes(self, dtype: str) -> int:
-        """Bytes of a block as it is stored."""
+        """Bytes of what is brought with a block."""
         return self.block * WIDTHS[dtype] + (self.float32 * 2 if dtype == "float16" else 0)
 
     def bytes(self, dtype: str) -> int:
         """Bytes of all parameters as they are stored."""
-        return self.blocks * self.block_bytes(dtype) + self.outside * WIDTHS[dtype]
+        rest = self.blocks * self.lent + self.embeddings + self.outside
+        return self.blocks * self.block_bytes(dtype) + rest * WIDTHS[dtype]
 
 
 @dataclass(frozen=True)
@@ -101,12 +114,12 @@ class ModelFacts:
         for name, kind in (("transformer", CogVideoXTransformer3DModel), ("vae", AutoencoderKLCogVideoX)):
             if not isinstance(getattr(pipe, name), kind):
                 raise ValueError(
-                    f"the {name} is a {type(getattr(pipe, name)).__name__}, and a memory plan needs this package's {kind.__name__}: load the "
-                    "pipeline with it."
+                    f"the {name} is a {type(getattr(pipe, name)).__name__}, and a memory plan needs this package's {kind.__name__}: "
+                    "load the pipeline with it."
                 )
         encoder = pipe.text_encoder
         facts = cls(
-            name=str(pipe.name_or_path or type(pipe).__name__),
+            name=Path(pipe.name_or_path or type(pipe).__name__).name,
             pipeline=type(pipe).__name__,
             transformer=_plain(pipe.transformer.config),
             vae=_plain(pipe.vae.config),
@@ -158,27 +171,34 @@ def _vae(config: str) -> AutoencoderKLCogVideoX:
 
 @lru_cache(maxsize=32)
 def _transformer_facts(config: str) -> PartFacts:
-    """Of one block, which all others equal."""
     given = json.loads(config)
     with torch.device("meta"):
-        model = CogVideoXTransformer3DModel(**given | {"num_layers": 1})
-    block = model.transformer_blocks[0]
-    inside = _count(block.parameters())
-    outside = _count(model.parameters()) - inside + _count(model.buffers())
-
-    def modulation(part: nn.Module) -> int:
-        return sum(_count(m.linear.parameters()) for m in part.modules() if isinstance(m, AdaLayerNorm))
-
-    return PartFacts(given["num_layers"], inside, outside, (modulation(block), modulation(model.norm_out)))
+        model = CogVideoXTransformer3DModel(**given | {"num_layers": 2})
+    return _of_two_blocks(model, given["num_layers"], final=_count(model.norm_out.linear.parameters()))
 
 
 @lru_cache(maxsize=32)
 def _text_facts(config: str) -> PartFacts:
-    """Of the second block, which all later ones equal; the first one has the table of relative positions."""
     given = json.loads(config)
     with torch.device("meta"):
         model = T5EncoderModel(T5Config(**given | {"num_layers": 2}))
-    block = model.encoder.block[1]
-    inside = _count(block.parameters())
-    down = _count(p for name, p in block.named_parameters() if name.endswith("wo.weight"))
-    return PartFacts(given["num_layers"], inside, _count(model.parameters()) - 2 * inside, float32=down)
+    down = _count(p for name, p in model.encoder.block[1].named_parameters() if name.endswith("wo.weight"))
+    return _of_two_blocks(model, given["num_layers"], float32=down)
+
+
+def _of_two_blocks(model: nn.Module, blocks: int, **more: int) -> PartFacts:
+    """From a model of two blocks, the second of which all later ones equal."""
+    parts = Parts.of(model)
+    lent = {True: 0, False: 0}  # those of text, those of modulations
+    for modules, tensors in parts.lent:
+        lent[isinstance(modules[0], nn.Embedding)] += _count(tensors)
+    first, second = map(_count, parts.block_tensors)
+    return PartFacts(
+        blocks=blocks,
+        block=second,
+        lent=lent[False] // 2,
+        alone=max((_count(tensors) for _, tensors in parts.lent), default=0),
+        embeddings=lent[True],
+        outside=_count(parts.resident) + first - second,
+        **more,
+    )

@@ -20,8 +20,8 @@ from .workload import MACHINES, Machine, Workload
 
 __all__ = ["PROCESS", "make_plan", "smallest_budget"]
 
-PROCESS = {"cpu": 0.8e9, "cuda": 2.5e9}
-"""Bytes that the process itself takes in host memory: Python and the libraries, with a GPU its driver, too (assumed, not measured)."""
+PROCESS = {"cpu": 0.5e9, "cuda": 2.5e9}
+"""Bytes that the process itself takes in host memory: Python, the libraries (measured on Linux), with a GPU its driver, too (assumed)."""
 
 _SHARE = 0.95
 """Of a budget of device memory that is planned with; the rest is for gaps between the allocator's blocks."""
@@ -190,8 +190,7 @@ def _refusal(costs: Costs, candidates: list[_Candidate], vram: int | None, ram: 
         device = math.inf if vram is None else max(vram, smallest_budget(lambda size: check(size, math.inf)))
         more = "" if vram is None or device == vram else f"{in_words(device)} of device memory with "
         text += f"The smallest budget that works is {more}{in_words(smallest_budget(lambda size: check(device, size)))} of RAM"
-    lossy = "" if costs.lossy else ", or a quantised transformer (lossy)"
-    return f"{text}; fewer frames or a smaller size need less{lossy}."
+    return f"{text}; fewer frames or a smaller size need less."
 
 
 def _finished(costs: Costs, found: _Found, unlimited: _Found, vram: int | None, ram: int | None) -> Plan:
@@ -199,7 +198,7 @@ def _finished(costs: Costs, found: _Found, unlimited: _Found, vram: int | None, 
     stages = [StagePlan(name="load", part="", how=("weights are read",), device=0, host=candidate.load, seconds=0.0)]
     parts = dict(costs.stages)
     for name, (device, host, option) in chosen.items():
-        how = stage_in_words(name, candidate.placements[parts[name]], option)
+        how = stage_in_words(costs.device, candidate.placements[parts[name]], option)
         stages.append(StagePlan(name=name, part=parts[name], how=how, device=device, host=host, seconds=option.seconds))
     fastest = math.fsum(option.seconds for _, _, option in unlimited[1].values())
     plan = Plan(

@@ -18,8 +18,10 @@ class Workload:
     Args:
         height, width: pixels.
         num_frames: frames of each video.
+        seen_frames: those that a pass of the transformer sees at once, where the loop has windows; 0 for all.
         videos: how many are made at once.
-        guided: whether the loop predicts with and without the prompt, in one pass.
+        guided: whether the loop predicts with and without the prompt.
+        sequential: whether it does so in one pass after the other.
         steps: of the loop.
         text_tokens: of each prompt.
         prompts: that are encoded at once; 0 for embeddings that are passed.
@@ -29,8 +31,10 @@ class Workload:
     height: int
     width: int
     num_frames: int
+    seen_frames: int = 0
     videos: int = 1
     guided: bool = True
+    sequential: bool = False
     steps: int = 50
     text_tokens: int = 226
     prompts: int = 1
@@ -39,27 +43,33 @@ class Workload:
     def __post_init__(self) -> None:
         """Raise ValueError for a number that is not possible."""
         for field in fields(self):
-            value, least = getattr(self, field.name), 0 if field.name in ("prompts", "encoded_frames") else 1
-            if field.name != "guided" and (not isinstance(value, int) or value < least):
+            value = getattr(self, field.name)
+            least = 0 if field.name in ("prompts", "encoded_frames", "seen_frames") else 1
+            if field.type != "bool" and (not isinstance(value, int) or value < least):
                 raise ValueError(f"{field.name}={value!r} is not possible: it must be a whole number of at least {least}.")
 
     @property
     def passes(self) -> int:
         """Samples of a pass of the transformer."""
-        return self.videos * (2 if self.guided else 1)
+        return self.videos * (2 if self.guided and not self.sequential else 1)
 
-    def latents(self, geometry: Geometry) -> tuple[int, int, int]:
-        """Latents (f, h, w) that the loop works on, padding included. Raises ValueError for sizes that cannot be."""
-        frames, height, width = geometry.latent_shape(self.num_frames, self.height, self.width)
-        return frames + geometry.front_padding(frames), height, width
+    def latents(self, geometry: Geometry, *, seen: bool = False) -> tuple[int, int, int]:
+        """Latents (f, h, w) that the loop works on, or a pass sees, padding included. Raises ValueError for sizes that cannot be."""
+        most = self.num_frames
+        frames = min(self.seen_frames or most, most) if seen else most
+        shape = geometry.latent_shape(frames, self.height, self.width)
+        return shape[0] + geometry.front_padding(shape[0]), *shape[1:]
 
     def covers(self, other: Workload) -> bool:
         """Whether whatever `other` takes, this takes too."""
-        return all(getattr(self, field.name) >= getattr(other, field.name) for field in fields(self))
+        return self.joined(other) == self.joined(self)
 
     def joined(self, other: Workload) -> Workload:
         """The smallest workload that covers both."""
         values: dict[str, Any] = {field.name: max(getattr(self, field.name), getattr(other, field.name)) for field in fields(self)}
+        seen = max(each.seen_frames or each.num_frames for each in (self, other))
+        values["seen_frames"] = 0 if seen >= values["num_frames"] else seen
+        values["sequential"] = self.sequential and other.sequential
         return replace(self, **values)
 
     def __str__(self) -> str:
@@ -96,4 +106,4 @@ MACHINES = {
     "cpu": Machine(compute=0.2e12, link=math.inf, disk=1e9),
     "cuda": Machine(compute=150e12, link=25e9, disk=3e9),
 }
-"""By kind of device: a few processor cores; a fast consumer card on PCIe 4.0 x16, for which weights come less in time than for a slower one."""
+"""By kind of device: a few processor cores; a fast consumer card on PCIe 4.0 x16. For a slower card weights come in time more easily."""
