@@ -96,9 +96,9 @@ class TransformerPass:
     # --- moments ----------------------------------------------------------------------------------------------------
 
     def _outside(self) -> int:
-        """What lives around a block's work on one group: its inputs; with the batch split, results, and those of the group before."""
+        """What lives around a block's work on one group: its inputs; with the batch split, the results of all."""
         whole = self._stream // self._group * self.batch
-        return 2 * whole + self._stream if self.split_batch and self.batch > 1 else whole
+        return 2 * whole if self.split_batch and self.batch > 1 else whole
 
     def _modulation(self) -> int:
         """LayerNorm, then the modulated stream."""

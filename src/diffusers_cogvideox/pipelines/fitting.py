@@ -48,6 +48,7 @@ class FittingMixin(DiffusionPipeline):
         width: int | None = None,
         num_frames: int | None = None,
         videos: int = 1,
+        steps: int = 50,
         machine: Machine | None = None,
     ) -> Plan:
         """Place the models so that a call fits into memory, in the fastest way; moving the pipeline with `to` is not needed.
@@ -60,7 +61,7 @@ class FittingMixin(DiffusionPipeline):
                 default what is free there.
             ram: most that the process may take in the memory of the host, likewise.
             device: where to run, by default the GPU if there is one.
-            height, width, num_frames, videos: of the largest call, by default one video of the size that the model was trained for.
+            height, width, num_frames, videos, steps: of the largest call, by default one video of the size that the model was trained for.
             machine: speeds of the machine, to rank plans with.
 
         Returns:
@@ -71,7 +72,8 @@ class FittingMixin(DiffusionPipeline):
                 offloaded already.
         """
         place = _resolved(device)
-        work = self._default_workload(height, width, num_frames, videos)
+        sizes = {"height": height, "width": width, "num_frames": num_frames}
+        work = _workload_of(type(self).__name__, self.call_defaults() | _given(sizes), videos, steps)  # type: ignore[attr-defined]
         budget = _budget(place, self._folder(), vram=vram, ram=ram, machine=machine)
         facts = ModelFacts.of_pipeline(self)
         plan = budget.plan(facts, work, str(self.transformer.dtype).removeprefix("torch."))
@@ -129,11 +131,6 @@ class FittingMixin(DiffusionPipeline):
 
     # --- sizes ------------------------------------------------------------------------------------------------------
 
-    def _default_workload(self, height: int | None, width: int | None, num_frames: int | None, videos: int) -> Workload:
-        native = self.call_defaults()  # type: ignore[attr-defined]
-        wanted = {"height": height, "width": width, "num_frames": num_frames}
-        return _workload_of(type(self).__name__, native | _given(wanted), videos)
-
     def _workload(self, request: Request) -> Workload:
         """What a request takes."""
         embeds = request.inputs.prompt_embeds
@@ -181,7 +178,7 @@ class FittingMixin(DiffusionPipeline):
             fitting["ram" if place.type == "cpu" else "vram"] = parse_memory(memory, "memory")
         dtype = kwargs.get("dtype", kwargs.get("torch_dtype", torch.float32))
         facts, native = _facts_of(source, cls.__name__)
-        work = _workload_of(cls.__name__, native | _given(fitting), fitting.get("videos", 1))
+        work = _workload_of(cls.__name__, native | _given(fitting), fitting.get("videos", 1), fitting.get("steps", 50))
         limits = {name: fitting.get(name) for name in ("vram", "ram", "machine")}
         plan = _budget(place, source, **limits).plan(facts, work, str(dtype).removeprefix("torch."))
         for name in [name for name, where in plan.placements.items() if where == "disk" and name not in kwargs]:
@@ -235,7 +232,7 @@ def _given(sizes: Mapping[str, Any]) -> dict[str, int]:
     return {name: value for name in ("height", "width", "num_frames") if (value := sizes.get(name)) is not None}
 
 
-def _workload_of(pipeline: str, sizes: Mapping[str, int], videos: int = 1) -> Workload:
+def _workload_of(pipeline: str, sizes: Mapping[str, int], videos: int, steps: int) -> Workload:
     """A guided call of a pipeline, by its class name, for what `call_defaults` names."""
     return Workload(
         height=sizes["height"],
@@ -243,6 +240,7 @@ def _workload_of(pipeline: str, sizes: Mapping[str, int], videos: int = 1) -> Wo
         num_frames=sizes["num_frames"],
         videos=videos,
         prompts=videos,
+        steps=steps,
         text_tokens=sizes["max_sequence_length"],
         encoded_frames=encoded_frames(pipeline, sizes["num_frames"]),
     )

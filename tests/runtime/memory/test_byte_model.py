@@ -19,7 +19,8 @@ SIZES = [(2, 16, 24, 7), (4, 20, 32, 64)]  # latent frames, height, width; token
 
 def small(variant):
     """A config with tables of the sizes that are asked for, and heads enough for the statistics to count."""
-    return TINY_TRANSFORMERS[variant] | {"num_attention_heads": 4, "num_layers": 2}
+    config = PRESETS["5b"].transformer | {"use_learned_positional_embeddings": False} | TINY_TRANSFORMERS[variant]
+    return config | {"num_attention_heads": 4, "num_layers": 2, "use_rotary_positional_embeddings": variant != "2b"}
 
 
 def measured(config, sizes, batch, dtype, fused=True, **saving):
@@ -52,7 +53,7 @@ def predicted(config, sizes, batch, dtype, **saving):
     return TransformerPass(config=config, width=dtype.itemsize, **shape, **saving).peak()
 
 
-MODES = [{}, {"split_batch": True}, {"ff_tokens": 64}, {"split_batch": True, "ff_tokens": 64}]
+MODES = [{}, {"split_batch": True}, {"ff_tokens": 256}, {"split_batch": True, "ff_tokens": 256}]
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
@@ -60,7 +61,7 @@ MODES = [{}, {"split_batch": True}, {"ff_tokens": 64}, {"split_batch": True, "ff
 @pytest.mark.parametrize("variant", ["2b", "5b", "1.5-5b-i2v"])
 def test_a_pass_takes_what_is_predicted(variant, dtype, mode):
     config = small(variant)
-    for sizes, batch in itertools.product(SIZES, (1, 2, 4)):
+    for sizes, batch in itertools.product(SIZES, (1, 3)):
         found = measured(config, sizes, batch, dtype, **mode)
         assert predicted(config, sizes, batch, dtype, **mode) == pytest.approx(found, rel=0.1), (sizes, batch)
 
@@ -76,7 +77,7 @@ def test_tokens_in_float32_between_the_layers():
     assert predicted(small("5b"), SIZES[1], 2, torch.bfloat16, float32_residual=True) == pytest.approx(found, rel=0.1)
 
 
-@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("mode", [{}, {"split_batch": True, "ff_tokens": 4096}], ids=str)
 def test_the_released_size(mode):
     """CogVideoX-5B, 49 frames of 480x720, both halves of guidance: two blocks take as much as 42."""
     config, sizes = PRESETS["5b"].transformer | {"num_layers": 2}, (13, 60, 90, 226)

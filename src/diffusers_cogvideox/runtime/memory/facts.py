@@ -134,22 +134,22 @@ class ModelFacts:
         """Size rules of the model."""
         return Geometry.from_configs(self.vae, self.transformer)
 
-    @property
+    @cached_property
     def transformer_part(self) -> PartFacts:
         """Parameters of the transformer, without adapters."""
         return _transformer_facts(json.dumps(_plain(self.transformer)))
 
-    @property
+    @cached_property
     def text_part(self) -> PartFacts | None:
         """Parameters of the text encoder."""
         return None if self.text_encoder is None else _text_facts(json.dumps({key: self.text_encoder[key] for key in T5_XXL}))
 
-    @property
+    @cached_property
     def vae_parameters(self) -> int:
         """Parameters of both directions of the VAE."""
         return _count(self.vae_on_meta.parameters())
 
-    @property
+    @cached_property
     def vae_on_meta(self) -> AutoencoderKLCogVideoX:
         """The VAE without weights, whose layers tell what they take."""
         return _vae(json.dumps(_plain(self.vae)))
