@@ -70,7 +70,8 @@ def run(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     sizes = {"num_frames": options.frames, "height": options.height, "width": options.width}
     memory = {"ram": options.ram, "device": "cpu", "steps": options.steps, **sizes}
     start = time.perf_counter()
-    pipe = CogVideoXPipeline.from_pretrained(folder, dtype=torch.bfloat16, memory=memory)
+    parts = {"text_encoder": None, "tokenizer": None}
+    pipe = CogVideoXPipeline.from_pretrained(folder, dtype=torch.bfloat16, memory=memory, **parts)
     loading = time.perf_counter() - start
     pipe.set_progress_bar_config(disable=True)
     config = pipe.transformer.config
