@@ -16,6 +16,7 @@ from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
 from .block import AdaLayerNorm
+from .stand_in import is_stand_in, stand_in
 
 __all__ = ["ModulationTables", "SetAside", "tabulated"]
 
@@ -148,10 +149,9 @@ class ModulationTables:
 
 
 class SetAside:
-    """Weights of linear layers, kept in the memory of the host; NaN without storage stands in their places.
+    """Weights of linear layers, kept in the memory of the host, with stand-ins in their places.
 
-    Parameters stay the same objects with the same shapes, so that what refers to them (offloading, adapters) goes on to work. What would
-    compute with them meets the NaN, what would write to them an error.
+    Parameters stay the same objects, so that what refers to them (offloading, adapters) goes on to work.
 
     Args:
         device: the device that is relieved; weights elsewhere, and those that are not plain tensors (quantised), are left alone.
@@ -169,9 +169,9 @@ class SetAside:
     def take(self, layers: Iterable[nn.Module]) -> None:
         """Put the weights of layers aside."""
         for parameter in (p for layer in layers for p in layer.parameters()):
-            if type(parameter.data) is Tensor and parameter.device == self.device and parameter.is_floating_point():
+            if type(parameter.data) is Tensor and parameter.device == self.device and not is_stand_in(parameter):
                 self._kept.append((parameter, parameter.data.cpu()))
-                parameter.data = parameter.new_full((1,), float("nan")).expand(parameter.shape)
+                parameter.data = stand_in(parameter)
 
     def give_back(self) -> None:
         """Undo `take`, wherever the parameters are by now."""
