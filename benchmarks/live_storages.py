@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from diffusers_cogvideox.models.host_cache import HostConvCache
 
-__all__ = ["LiveStorages", "live_peak"]
+__all__ = ["LiveStorages", "fused_attention", "live_peak"]
 
 aten = torch.ops.aten
 # On the meta device many operations are written in Python and take milliseconds; of those that run most, the results are known without.
@@ -95,6 +95,22 @@ class LiveStorages(TorchDispatchMode):
         self._seen[key] = weakref.ref(storage, gone)
         self.now += size
         self.peak = max(self.peak, self.now)
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+    """What a fused kernel leaves: the result (B, heads, S, d) in the layout (B, S, heads, d), and beside it the log-sums of the scores."""
+    batch, heads, length, width = query.shape
+    sums = query.new_empty(batch, heads, length, dtype=torch.float32)
+    result = query.new_empty(batch, length, heads, width)
+    del sums
+    return result.transpose(1, 2)
+
+
+@contextmanager
+def fused_attention() -> Iterator[None]:
+    """On the meta device, where attention is written out in plain operations, let it take what a fused kernel takes; nothing is computed."""
+    with patch.object(torch.nn.functional, "scaled_dot_product_attention", _fused):
+        yield
 
 
 def live_peak(call: Callable[..., Any], *inputs: Tensor, model: nn.Module | None = None) -> int:

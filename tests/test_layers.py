@@ -18,7 +18,7 @@ SOURCES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"
 
 # From the ground up; a part imports only from lower rows, never from its own.
 LAYERS = [
-    {"geometry", "presets", "files", "demo"},
+    {"geometry", "presets", "files", "demo", "units"},
     {"video_io", "options", "tasks"},
     {"models", "schedulers", "checkpoints"},
     {"runtime", "data"},

@@ -24,6 +24,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
+from .generation.plan_options import PlanOptions
 from .options import ConvertOptions, DecodeOptions, EvaluateOptions, GenerateOptions, InfoOptions, MistakesError
 from .training.config import TrainConfig
 
@@ -45,6 +46,12 @@ def _decode(options: DecodeOptions) -> str:
     from .generation.decode import decode
 
     return "\n".join(map(str, decode(options)))
+
+
+def _plan(options: PlanOptions) -> str:
+    from .generation.memory_plan import plan_memory
+
+    return plan_memory(options)
 
 
 def _info(options: InfoOptions) -> str:
@@ -126,6 +133,7 @@ class Verb:
 VERBS = {
     "generate": Verb("make videos of what a prompt says", GenerateOptions, _generate, "PROMPT"),
     "decode": Verb("make the video of saved latents", DecodeOptions, _decode, "LATENTS.safetensors"),
+    "plan": Verb("tell how a model fits into your memory", PlanOptions, _plan, "MODEL"),
     "info": Verb("tell what a checkpoint is", InfoOptions, _info, "[MODEL]", ("model",)),
     "convert": Verb("turn checkpoints of one layout into another", ConvertOptions, _convert, "INPUT OUTPUT"),
     "evaluate": Verb("measure how well a model shows what prompts say", EvaluateOptions, _evaluate, "shapes [MODEL]", ("model",)),

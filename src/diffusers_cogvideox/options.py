@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
+from .units import parse_memory
+
 __all__ = [
     "COMBINATIONS",
     "DEMO",
@@ -25,6 +27,7 @@ __all__ = [
     "InfoOptions",
     "InputOptions",
     "Layout",
+    "MemoryOptions",
     "MistakesError",
     "Precision",
     "Sampler",
@@ -177,7 +180,24 @@ class DecodingOptions:
 
 
 @dataclass(frozen=True)
-class GenerateOptions(DecodingOptions, InputOptions, SamplingOptions):
+class MemoryOptions:
+    """How much memory to take. GB are 10**9 bytes, GiB 2**30: a card that is sold as 8 GB has 8 GiB, a part of which its driver takes."""
+
+    _: KW_ONLY
+    vram: str | None = None
+    """Most that PyTorch may allocate on the GPU, such as 8GB (default: what is free there)."""
+    ram: str | None = None
+    """Most that the process may take in the memory of the host, such as 32GB (default: what is free there)."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for what is no amount of memory."""
+        for name in ("vram", "ram"):
+            if getattr(self, name) is not None:
+                parse_memory(getattr(self, name), f"--{name}")
+
+
+@dataclass(frozen=True)
+class GenerateOptions(DecodingOptions, MemoryOptions, InputOptions, SamplingOptions):
     """Make videos of what a prompt says, from words alone or from a picture or a video.
 
     Beside each video stand a PNG with frames of it, and a JSON file with everything that is needed to make it again:
@@ -219,6 +239,7 @@ class GenerateOptions(DecodingOptions, InputOptions, SamplingOptions):
     def __post_init__(self) -> None:
         SamplingOptions.__post_init__(self)
         InputOptions.__post_init__(self)
+        MemoryOptions.__post_init__(self)
         _at_least(1, num_videos=self.num_videos, fps=self.fps, frames=self.frames, checkpoint_every=self.checkpoint_every)
         if self.size is not None:
             parse_size(self.size)

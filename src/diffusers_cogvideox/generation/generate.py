@@ -15,6 +15,7 @@ from ..options import GenerateOptions, MistakesError
 from ..pipelines.base import CogVideoXPipelineBase
 from ..pipelines.decoding import FrameStream
 from ..pipelines.journal import Journal
+from ..runtime.memory.explain import in_short
 from ..runtime.out_of_memory import is_out_of_memory
 from .job import Job
 from .latents import SavedLatents, identity_of
@@ -57,7 +58,8 @@ def _is_finished(job: Job, options: GenerateOptions) -> bool:
 def _make_all(jobs: Sequence[Job], options: GenerateOptions) -> None:
     """Make videos with one model. Raises as `generate`; the error of a single video is raised as it is."""
     clock = Clock()
-    pipe = load_pipeline(jobs[0].settings)
+    pipe = load_pipeline(jobs[0].settings, {"vram": options.vram, "ram": options.ram})
+    logger.info(in_short(pipe.memory_plan))
     if options.tiling:
         pipe.vae.enable_tiling()
     clock.lap("load")
@@ -139,7 +141,7 @@ class Workshop:
         if saved and self._options.save_latents:
             saved.save(job.latents)
         try:
-            write_files(job.output, frames, fps=job.settings.fps, label=job.prompt, content=content, clock=clock)
+            write_files(job.output, frames, fps=job.settings.fps, label=job.prompt, content=content, clock=clock, report=pipe.report)
         except BaseException as error:
             if saved:
                 _save_after(error, saved, job)

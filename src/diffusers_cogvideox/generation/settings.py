@@ -131,14 +131,21 @@ def check_device(device: str | None) -> str:
     return device
 
 
-def load_pipeline(settings: Settings) -> Any:
+def load_pipeline(settings: Settings, memory: Mapping[str, Any] | None = None) -> Any:
     """The pipeline of the class that the settings name, with its weights, LoRAs, precision, device and sampler as they say.
+
+    `memory` are budgets (`fit`) to fit it into.
 
     Raises:
         OSError: for weights that are missing, corrupt, or not those of the model.
-        ValueError: for a LoRA that does not fit the model.
+        ValueError: for a LoRA that does not fit the model, and for a model that does not fit into the memory.
     """
-    pipe = PIPELINES[settings.pipeline].from_pretrained(source_of(settings.model), dtype=getattr(torch, settings.dtype)).to(settings.device)
+    load, dtype = PIPELINES[settings.pipeline].from_pretrained, getattr(torch, settings.dtype)
+    if memory is None:
+        pipe = load(source_of(settings.model), dtype=dtype).to(settings.device)
+    else:
+        sizes = {name: getattr(settings, name) for name in ("height", "width", "num_frames", "device")}
+        pipe = load(source_of(settings.model), dtype=dtype, memory={**sizes, **memory})
     for number, lora in enumerate(settings.loras):
         pipe.load_lora_weights(lora.file.path, adapter_name=f"lora{number}", lora_alpha=lora.alpha)
     if settings.loras:
@@ -148,7 +155,9 @@ def load_pipeline(settings: Settings) -> Any:
 
 def prepared(pipe: CogVideoXPipelineBase, settings: Settings) -> Any:
     """The pipeline class and the sampler of the settings over the components of `pipe`, which must be those of their model."""
-    return with_sampler(PIPELINES[settings.pipeline](**pipe.components), settings.sampler)
+    made = PIPELINES[settings.pipeline](**pipe.components)
+    made.take_over_fit(pipe)
+    return with_sampler(made, settings.sampler)
 
 
 def stream_videos(pipe: Any, prompts: list[str], seeds: Sequence[int], settings: Settings, **options: Any) -> list[FrameStream]:
@@ -169,7 +178,10 @@ def _call(pipe: Any, prompts: list[str], seeds: Sequence[int], settings: Setting
 def with_sampler(pipe: AnyPipeline, sampler: str, **components: Any) -> AnyPipeline:
     """A pipeline over the same components with this sampler, and with `components` exchanged; `pipe` stays as it is."""
     scheduler = _SAMPLERS[sampler].from_config(pipe.scheduler.config)
-    return type(pipe)(**{**pipe.components, "scheduler": scheduler, **components})
+    made = type(pipe)(**{**pipe.components, "scheduler": scheduler, **components})
+    if not components:
+        made.take_over_fit(pipe)
+    return made
 
 
 def native_dtype(recommended: str, device: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 
 from ..files import atomic_path
 from ..pipelines.decoding import FrameStream
+from ..runtime.memory.report import Report
 from ..runtime.out_of_memory import is_out_of_memory
 from ..video_io import contact_sheet, sheet_frames, write_image, write_video
 from .job import companions, library_versions
@@ -38,8 +39,19 @@ class Clock:
         self._last = now
 
 
-def write_files(output: Path, frames: FrameStream, *, fps: float, label: str, content: Mapping[str, Any], clock: Clock) -> None:
+def write_files(
+    output: Path,
+    frames: FrameStream,
+    *,
+    fps: float,
+    label: str,
+    content: Mapping[str, Any],
+    clock: Clock,
+    report: Callable[[], Report] | None = None,
+) -> None:
     """Write the video chunk by chunk, its contact sheet, and its JSON file: `content` with versions and seconds. All appear, or none.
+
+    What `report` says in the end, about memory, goes into the JSON file, too.
 
     Raises OSError for what cannot be written, and what decoding raises.
     """
@@ -50,6 +62,7 @@ def write_files(output: Path, frames: FrameStream, *, fps: float, label: str, co
         write_image(sheet, contact_sheet(np.stack(shown), labels=[label]))
         clock.lap("write")
         told = {**content, "versions": library_versions(), "seconds": clock.seconds}
+        told |= {"memory": report().to_json()} if report else {}
         facts.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
 
 

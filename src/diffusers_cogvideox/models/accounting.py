@@ -39,6 +39,7 @@ class Accounting:
         kept: bytes of all caches, by convolution; those of an earlier chunk may be passed on.
         derived: bytes of the weights in the form in which they are used.
         elsewhere: the caches are kept in other memory, but for those in use.
+        products: multiplications and additions of the convolutions as they are written down, which fewer may do.
     """
 
     bands: Bands
@@ -50,6 +51,7 @@ class Accounting:
     derived: dict[Hashable, int] = field(default_factory=dict)
     elsewhere: bool = False
     peak: int = 0
+    products: int = 0
 
     def enter(self, tower: Tower, x: torch.Size) -> Frames:
         """x is (B, C_in, F, H, W)."""
@@ -71,6 +73,7 @@ class Accounting:
         batch, frames, height, width, channels = x.shape
         frames -= frames // 2 if layer.compress_time else 0
         out = _frames((batch, frames, height // 2, width // 2, channels))
+        self._multiply(layer.conv.weight, out)
         rows = self._rows(height // 2, 2 * x.row_bytes(self.dtype))
         self._note(self._held(x), self._bytes(out), batch * frames * self.dtype.itemsize * channels * (2 * rows + 1) * (width + 1))
         return out
@@ -83,6 +86,7 @@ class Accounting:
         self.derived[layer] = layer.conv.weight.numel() * 16 // 9 * self.dtype.itemsize
         shape = (batch, frames, 2 * height, 2 * width, layer.conv.out_channels)
         out = _frames(shape, doubled=doubled, single=doubled and frames % 2 == 1)
+        self._multiply(layer.conv.weight, out)
         if self.lean:
             self._lazy = (out, self._bytes(x))
             return out
@@ -128,6 +132,7 @@ class Accounting:
         """A convolution while `held` bytes are alive beside its result and its own."""
         batch, frames, height, width, channels = x.shape
         out = self._out(x, conv.conv.out_channels)
+        self._multiply(conv.conv.weight, out)
         rows = self._rows(height, x.row_bytes(self.dtype))
         around = rows + 2 if rows < height else height + 2
         keeps = 1 if x.doubled else 2
@@ -156,6 +161,10 @@ class Accounting:
         # Results that are added already have their place.
         self._note(held, 0 if adds else self._bytes(out), work, self.kept[conv] if self.elsewhere else 0)
         return out
+
+    def _multiply(self, weight: Tensor, out: Frames) -> None:
+        batch, _, height, width, _ = out.shape
+        self.products += 2 * weight.numel() * batch * out.count * height * width
 
     def _combining(self, conv: CausalConv3d, taps: int, filtering: Filtering) -> int:
         """Bytes that `transformed_taps` takes: the weight in float32, twice where it is kept in half precision, and `taps` numbers."""

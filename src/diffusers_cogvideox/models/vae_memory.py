@@ -15,7 +15,7 @@ from .frames import Bands
 from .tiling import TileAxis
 from .vae_blocks import Tower
 
-__all__ = ["DIRECTIONS", "Saving", "TilingMixin", "choose_saving", "estimate_chunks", "is_out_of_memory"]
+__all__ = ["DIRECTIONS", "Saving", "TilingMixin", "choose_saving", "estimate_chunks", "is_out_of_memory", "savings", "walk_chunks"]
 
 logger = logging.get_logger(__name__)
 
@@ -142,8 +142,8 @@ def savings(height: int, device: torch.device, most_rows: int | None) -> list[Sa
     return [Saving(Bands(_CPU_BUDGET if on_cpu else _LEAN_BUDGET, n, height), lean=True, offload=offload) for n in rows]
 
 
-def estimate_chunks(tower: Tower, shape: tuple[int, ...], chunk: int, dtype: torch.dtype, device: torch.device, saving: Saving) -> int:
-    """Bytes that coding a tensor (B, C, F, H, W) in chunks of `chunk` frames takes at its peak, beside the weights and the result."""
+def walk_chunks(tower: Tower, shape: tuple[int, ...], chunk: int, dtype: torch.dtype, device: torch.device, saving: Saving) -> Accounting:
+    """What coding a tensor (B, C, F, H, W) in chunks of `chunk` frames takes, as far as the second chunk; the later ones are like that."""
     batch, channels, frames, height, width = shape
     accounting = None
     for start, stop in chunk_spans(frames, chunk)[:2]:
@@ -152,7 +152,12 @@ def estimate_chunks(tower: Tower, shape: tuple[int, ...], chunk: int, dtype: tor
         else:
             accounting = next_chunk(accounting)
         tower(torch.Size((batch, channels, stop - start, height, width)), accounting)
-    return accounting.peak if accounting else 0
+    return accounting or Accounting(saving.bands, dtype, device)
+
+
+def estimate_chunks(tower: Tower, shape: tuple[int, ...], chunk: int, dtype: torch.dtype, device: torch.device, saving: Saving) -> int:
+    """Bytes that coding a tensor (B, C, F, H, W) in chunks of `chunk` frames takes at its peak, beside the weights and the result."""
+    return walk_chunks(tower, shape, chunk, dtype, device, saving).peak
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -22,8 +22,10 @@ from ..runtime.health import check_dtype, run_checked
 from .conditioning import Condition
 from .decoding import VideoDecoder
 from .denoising import denoise
+from .fitting import FittingMixin
 from .inversion import InversionMixin
 from .lora import CogVideoXLoraMixin
+from .native import native_call
 from .output import CogVideoXPipelineOutput
 from .portability import PortablePipeline
 from .prompts import PromptInputs
@@ -40,7 +42,7 @@ Walk = Callable[[Tensor], tuple[Tensor, Stepper]]
 """The scheduler's timesteps (N,) -> the timesteps (M,) to walk, and the step to walk them with."""
 
 
-class CogVideoXPipelineBase(SingleFilePipelineMixin, PortablePipeline, CogVideoXLoraMixin, InversionMixin):
+class CogVideoXPipelineBase(SingleFilePipelineMixin, FittingMixin, PortablePipeline, CogVideoXLoraMixin, InversionMixin):
     """Components, state and the course of one call of every CogVideoX pipeline.
 
     A task is a subclass whose `__call__` makes the `Condition` of a `Request`, and hands both to `generate`. Callbacks may set
@@ -141,27 +143,13 @@ class CogVideoXPipelineBase(SingleFilePipelineMixin, PortablePipeline, CogVideoX
         return self._interrupt
 
     def call_defaults(self) -> dict[str, int]:
-        """What `__call__` uses for frames, size and text length when it is told nothing: what the model was trained for.
+        """What `__call__` uses for frames, size and text length when it is told nothing: what the model was trained for (`native_call`).
 
-        CogVideoX 1.5 states the size of its position table in its config, not that of its videos, and a text length that it was not
-        trained with; those come from the presets.
         Raises ValueError without a transformer.
         """
         if self.transformer is None:
             raise ValueError("The pipeline has no transformer: load it with one.")
-        config, preset = self.transformer.config, match_preset(self.transformer.config)
-        height, width = self.geometry.pixel_size(config.sample_height, config.sample_width)
-        if preset and all(config[key] == preset.transformer[key] for key in ("sample_height", "sample_width")):
-            height, width = preset.height, preset.width
-        length = config.max_text_seq_length
-        if preset and length == preset.transformer["max_text_seq_length"]:
-            length = preset.max_sequence_length
-        return {
-            "num_frames": config.sample_frames,
-            "height": height,
-            "width": width,
-            "max_sequence_length": length,
-        }
+        return native_call(self.transformer.config, self.geometry)
 
     # --- parts that can be called alone -----------------------------------------------------------------------------
 
@@ -236,6 +224,7 @@ class CogVideoXPipelineBase(SingleFilePipelineMixin, PortablePipeline, CogVideoX
             device=self._execution_device,
             processor=self.video_processor,
             release=self.maybe_free_model_hooks,
+            stage=self._stage,
         )
         extent = decoder.extent(latents, num_frames, height, width)
         return decoder.streams(latents, extent) if output_type == "stream" else decoder.collect(latents, extent, output_type)
@@ -286,6 +275,7 @@ class CogVideoXPipelineBase(SingleFilePipelineMixin, PortablePipeline, CogVideoX
         self._check_components(request)
         self._check_precision()
         request.report_size(self.geometry)
+        self._begin(request)
         self._guidance_scale = request.guidance_scale
         self._attention_kwargs = request.attention_kwargs
         self._current_timestep, self._interrupt = None, False
@@ -293,11 +283,14 @@ class CogVideoXPipelineBase(SingleFilePipelineMixin, PortablePipeline, CogVideoX
         device = self._execution_device
         timesteps = set_timesteps(self.scheduler, request.num_inference_steps, request.timesteps, device)
         # Pixels are encoded before text: an offloaded text encoder, the largest model, then comes after that, and leaves for the loop.
-        condition = make_condition(timesteps, torch.empty(0, dtype=self.transformer.dtype, device=device))
-        positive, negative = self._embeddings(request)
+        with self._stage("encode"):
+            condition = make_condition(timesteps, torch.empty(0, dtype=self.transformer.dtype, device=device))
+        with self._stage("text"):
+            positive, negative = self._embeddings(request)
         timesteps, step = walk(timesteps) if walk else (timesteps[condition.first_step :], None)
         self._num_timesteps = len(timesteps)
-        return denoise(self, condition, timesteps, request, positive, negative, step), condition.padding
+        with self._stage("denoise"):
+            return denoise(self, condition, timesteps, request, positive, negative, step), condition.padding
 
     def _embeddings(self, request: Request) -> tuple[Tensor, Tensor | None]:
         """Embeddings of the request in the transformer's dtype: (B, L, D_text), and the unconditional half or None."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 
 import numpy as np
@@ -69,6 +69,7 @@ class VideoDecoder:
         device: where the VAE runs.
         processor: maps [-1, 1] to an output type.
         release: called when no model is needed for a while, lets offloading take them back.
+        stage: called with "decode", surrounds the work on each piece.
     """
 
     vae: Any
@@ -77,6 +78,7 @@ class VideoDecoder:
     device: torch.device
     processor: VideoProcessor
     release: Callable[[], None] = lambda: None
+    stage: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext()
 
     def extent(self, latents: Tensor, num_frames: int | None = None, height: int | None = None, width: int | None = None) -> Extent:
         """What is wanted of latents (B, f, C, h, w), by default everything. Raises ValueError for more than they hold."""
@@ -174,8 +176,14 @@ class VideoDecoder:
     def _decoded(self, latents: Tensor) -> Iterator[Tensor]:
         """Whole decoded frames (B, 3, F', 8h, 8w), checked to be finite."""
         z = latents.to(self.device).transpose(1, 2).to(self.vae.dtype) / self.scaling_factor
-        for index, piece in enumerate(_decode_stream(self.vae, z)):
-            yield checked(piece, self.vae, partial(_nth_piece, self.vae, z, index), "while decoding")
+        pieces = _decode_stream(self.vae, z)
+        for index in count():
+            with self.stage("decode"):
+                piece = next(pieces, None)
+                if piece is None:
+                    return
+                piece = checked(piece, self.vae, partial(_nth_piece, self.vae, z, index), "while decoding")
+            yield piece
 
 
 def shown(processor: VideoProcessor, video: Tensor, output_type: str) -> Any:

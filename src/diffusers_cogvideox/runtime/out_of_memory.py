@@ -9,7 +9,7 @@ from typing import Any
 
 from diffusers.utils.torch_utils import empty_device_cache
 
-from ..models.vae_memory import is_out_of_memory
+from ..models.vae_memory import Saving, is_out_of_memory
 
 __all__ = ["free_unused_memory", "is_out_of_memory", "low_memory"]
 
@@ -25,8 +25,9 @@ def free_unused_memory() -> None:
 @contextmanager
 def low_memory(vae: Any) -> Iterator[None]:
     """Let a VAE work with less memory, and longer, while the block runs (`enable_tiling`); its own settings come back afterwards."""
-    before = {name: value for name, value in vars(vae).items() if isinstance(value, _PLAIN)}
+    before = {name: value for name, value in vars(vae).items() if isinstance(value, (*_PLAIN, Saving))}
     vae.enable_tiling()
+    vae.saving = None  # of a plan, which has failed
     try:
         yield
     finally:

@@ -1,0 +1,143 @@
+"""A plan that is carried out: models in their places, stage by stage, and planned anew for a larger call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils import logging
+
+from ..out_of_memory import free_unused_memory
+from ..streaming import is_streamed, stop_streaming, stream
+from .costs import Placement
+from .facts import ModelFacts
+from .plan import Plan
+from .planner import make_plan
+from .staged import Staged
+from .workload import Machine, Workload
+
+__all__ = ["Budget", "Fitted"]
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What a plan may take: see `make_plan`. `folder` holds the weights of the parts, for those that are read from disk."""
+
+    device: torch.device
+    vram: int | None = None
+    ram: int | None = None
+    lossy: Mapping[str, float] = field(default_factory=dict)
+    machine: Machine | None = None
+    folder: Path | None = None
+
+    def plan(self, facts: ModelFacts, work: Workload, dtype: str) -> Plan:
+        """The plan for a workload. Raises ValueError where none fits."""
+        return make_plan(
+            facts,
+            work,
+            device=self.device.type,
+            vram=self.vram,
+            ram=self.ram,
+            dtype=dtype,
+            lossy=self.lossy,
+            from_disk=self.folder is not None,
+            machine=self.machine,
+        )
+
+
+class Fitted:
+    """The models of a pipeline under a plan.
+
+    Args:
+        parts: the models by their names in the plan; a text encoder may be None.
+        budget: what they may take.
+        facts: of the model.
+        plan: the first plan.
+    """
+
+    def __init__(self, parts: Mapping[str, Any], budget: Budget, facts: ModelFacts, plan: Plan) -> None:
+        self.parts = {name: model for name, model in parts.items() if model is not None}
+        self.budget, self.facts, self.plan = budget, facts, plan
+        self.places: dict[str, Placement] = {name: "disk" for name, model in self.parts.items() if is_streamed(model)}
+        self.staged: dict[str, Staged] = {}
+        self._carry_out()
+
+    def ensure(self, work: Workload, facts: ModelFacts) -> None:
+        """Plan anew where a call is larger than the plan, or a LoRA has come.
+
+        Raises ValueError, with nothing changed, where no plan fits.
+        """
+        if self.plan.work.covers(work) and facts.adapters <= self.facts.adapters:
+            return
+        plan = self.budget.plan(facts, self.plan.work.joined(work), self.plan.dtype)
+        logger.info(f"The memory plan is made anew for {plan.work}.")
+        self.plan, self.facts = plan, facts
+        self._carry_out()
+
+    def enter(self, stage: str) -> None:
+        """Make room for a stage, and let the VAE work as planned."""
+        part = next((found.part for found in self.plan.stages if found.name == stage), None)
+        for name, staged in self.staged.items():
+            if name != part:
+                staged.offload()
+        if stage in self.plan.coding:
+            self.parts["vae"].saving = self.plan.coding[stage]
+
+    def rest(self) -> None:
+        """Between calls: what is only staged leaves the device."""
+        for staged in self.staged.values():
+            staged.offload()
+
+    def undo(self) -> None:
+        """All models in host memory, as they were before, and without measures."""
+        for name in list(self.places):
+            self._leave(name)
+        transformer, vae = self.parts["transformer"], self.parts["vae"]
+        transformer.split_batch(False)
+        transformer.chunk_feed_forward(None)
+        transformer.release_modulation(False)
+        vae.saving = None
+
+    # --- places -----------------------------------------------------------------------------------------------------
+
+    def _carry_out(self) -> None:
+        """Bring every part to its place; those that leave the device first."""
+        moved = {name: place for name, place in self.plan.placements.items() if name in self.parts and self.places.get(name) != place}
+        for name in [name for name in moved if name in self.places]:
+            self._leave(name)
+        for name, place in sorted(moved.items(), key=lambda item: item[1] == "resident"):
+            self._enter(name, place)
+        transformer, mode = self.parts["transformer"], self.plan.transformer
+        transformer.split_batch(mode.split_batch)
+        transformer.chunk_feed_forward(mode.ff_tokens)
+        transformer.release_modulation(mode.release_modulation)
+        free_unused_memory()
+
+    def _leave(self, name: str) -> None:
+        """Undo a part's placement: its weights are in host memory."""
+        place = self.places.pop(name)
+        if place == "staged":
+            self.staged.pop(name).remove()
+        elif place in ("streamed", "disk"):
+            stop_streaming(self.parts[name])
+        elif self.budget.device.type != "cpu":
+            self.parts[name].to("cpu")
+
+    def _enter(self, name: str, place: Placement) -> None:
+        model, device = self.parts[name], self.budget.device
+        if place == "resident":
+            model.to(device)
+        elif place == "staged":
+            self.staged[name] = Staged(model.to("cpu"), device, before=self.rest)
+        elif place == "streamed":
+            stream(model.to("cpu"), device)
+        else:
+            folder = self.budget.folder
+            assert folder is not None, "plans read from disk only where there is a folder"
+            stream(model.to("cpu"), device, source="disk", directory=folder / name)
+        self.places[name] = place
