@@ -13,6 +13,7 @@ from torch import Tensor
 from ..models.feature_cache import check_unguided_pass, start_cached_loop
 from ..models.modulation import ModulationTables, tabulated
 from ..models.rope import Rotary, rope_for
+from ..runtime.effects import watch
 from ..runtime.health import run_checked
 from .conditioning import Condition
 from .guidance import dynamic_rule, guidance_at, guide, guide_away, steps_inside
@@ -49,7 +50,8 @@ def denoise(
         negative_prompt_embeds: (B, L, D_text), or None without guidance.
         step: what a step does with its prediction, by default the scheduler's own.
 
-    Raises ValueError for a guidance interval without any step, and for windows or skipped layers that are not possible here.
+    Raises ValueError for a guidance interval without any step, for windows or skipped layers that are not possible here, and for an
+    optimisation that is on and does nothing.
     """
     rule, guided = dynamic_rule(request.use_dynamic_cfg), steps_inside(request.guidance_interval, len(timesteps), "guidance_interval")
     predict = Predictor.of(pipe, condition, request, len(timesteps))
@@ -60,7 +62,8 @@ def denoise(
     journal = request.journal
     done = journal.enter(pipe, timesteps, request.generator, tensors) if journal else 0
 
-    with predict.tabulated(timesteps) as tables, pipe.progress_bar(total=len(timesteps)) as progress:
+    progress_bar = pipe.progress_bar(total=len(timesteps))
+    with predict.tabulated(timesteps) as tables, watch(pipe) as watched, progress_bar as progress:
         progress.update(done)
         for index, value in list(enumerate(timesteps.tolist()))[done:]:
             if pipe.interrupt:
@@ -74,12 +77,16 @@ def denoise(
             latents = condition.hold(tensors["latents"], timestep)
             prediction = predict(pipe.scheduler.scale_model_input(latents, timestep), tensors["prompt_embeds"], timestep, scale, place)
             tensors["latents"] = step(prediction, timestep, latents).to(latents.dtype)
+            watched.after_step()
             _call_back(pipe, request, index, timestep, tensors, tables)
             if journal:
                 journal.record(index + 1, pipe, timesteps, request.generator, tensors["latents"])
             progress.update()
-    pipe._current_timestep = None
-    return condition.hold(tensors["latents"], None)
+        pipe._current_timestep = None
+        latents = condition.hold(tensors["latents"], None)
+        if not pipe.interrupt:
+            watched.finish(latents)
+    return latents
 
 
 @dataclass(frozen=True, kw_only=True)
