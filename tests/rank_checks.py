@@ -8,7 +8,10 @@ from diffusers import ContextParallelConfig, FirstBlockCacheConfig, TensorParall
 from diffusers.hooks import tensor_parallel as tensor_parallel_hooks
 from torch import distributed as dist
 
+from diffusers_cogvideox.models.autoencoder import AutoencoderKLCogVideoX
 from diffusers_cogvideox.models.collectives import Group, add_up, exchange, gather, shares
+from diffusers_cogvideox.models.vae_memory import Saving
+from parity import TINY_VAE, randomize
 from transformer_cases import inputs, tiny_twins
 
 TOLERANCE = {"rtol": 0, "atol": 1e-5}
@@ -171,3 +174,21 @@ def tensor_refusals() -> None:
             model.enable_parallelism(config=TensorParallelConfig(tp_degree=2))
         assert model._parallel_config is None
         assert shapes == [parameter.shape for parameter in model.parameters()]
+
+
+def rows(cases: list[tuple[tuple[int, int, int], Saving | None]]) -> None:
+    """A video that ranks decode together, in several chunks and in bands, is the video that one decodes. A case is (f, h, w) and a way."""
+    vae = randomize(AutoencoderKLCogVideoX(**TINY_VAE)).eval()
+    for shape, saving in cases:
+        vae.saving = saving
+        z = torch.randn(1, 4, *shape)
+        with torch.no_grad():
+            vae.disable_row_parallelism()
+            expected = vae.decode(z).sample
+            vae.enable_row_parallelism()
+            scale = float(expected.abs().max())
+            close(vae.decode(z).sample / scale, expected / scale)
+            close(torch.cat(list(vae.decode_stream(z)), 2) / scale, expected / scale)
+            vae.encode(torch.randn(1, 3, 1, 16, 16))
+    with pytest.raises(ValueError, match="without gradients"):
+        vae.decode(torch.randn(1, 4, 1, 4, 4))

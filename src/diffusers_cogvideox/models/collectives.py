@@ -16,6 +16,8 @@ from torch import Tensor
 if dist.is_available():
     import torch.distributed._functional_collectives as functional
 
+    _gather_equal = getattr(functional, "all_gather_single", None) or functional.all_gather_tensor  # the name before PyTorch 2.13
+
 __all__ = ["Group", "add_up", "exchange", "gather", "shares", "spread_gradient"]
 
 
@@ -160,5 +162,5 @@ def _gathered(x: Tensor, dim: int, sizes: Sequence[int], group: Group) -> Tensor
     missing = list(x.shape)
     missing[dim] = longest - sizes[group.rank]
     padded = torch.cat([x, x.new_zeros(missing)], dim) if missing[dim] else x
-    received = functional.wait_tensor(functional.all_gather_tensor(padded.contiguous()[None], 0, group.name))
+    received = functional.wait_tensor(_gather_equal(padded.contiguous()[None], 0, group.name))
     return torch.cat([part.narrow(dim, 0, length) for part, length in zip(received.unbind(0), sizes, strict=True)], dim)
