@@ -18,7 +18,7 @@ if dist.is_available():
 
     _gather_equal = getattr(functional, "all_gather_single", None) or functional.all_gather_tensor  # the name before PyTorch 2.13
 
-__all__ = ["Group", "add_up", "exchange", "gather", "shares", "spread_gradient"]
+__all__ = ["Group", "add_up", "exchange", "gather", "require_ranks", "shares", "spread_gradient"]
 
 
 class Group(NamedTuple):
@@ -32,6 +32,12 @@ class Group(NamedTuple):
     def of(cls, group: Any) -> Group:
         """The value for a process group of torch.distributed."""
         return cls(group.group_name, dist.get_rank(group), dist.get_world_size(group))
+
+
+def require_ranks() -> None:
+    """Raise RuntimeError, with the remedy, unless there is a process group."""
+    if not dist.is_available() or not dist.is_initialized():
+        raise RuntimeError("Parallelism needs ranks: start with torchrun, and call torch.distributed.init_process_group() first.")
 
 
 def shares(total: int, parts: int) -> list[int]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from .collectives import Group, exchange, gather, shares
+from .collectives import Group, exchange, gather, require_ranks, shares
 from .frames import Frames
 
 __all__ = ["Border", "RowParallelMixin", "RowShare"]
@@ -104,8 +104,7 @@ class RowParallelMixin:
         Raises:
             RuntimeError: without a process group.
         """
-        if not dist.is_available() or not dist.is_initialized():
-            raise RuntimeError("Parallelism needs ranks: start with torchrun, and call torch.distributed.init_process_group() first.")
+        require_ranks()
         self.row_group = Group.of(dist.group.WORLD if group is None else group)
 
     def disable_row_parallelism(self) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..geometry import Geometry
 from .attention import with_separate_projections
 from .block import AdaLayerNorm, CogVideoXBlock, FinalLayerNorm, TokenNorm
+from .context_parallel import BatchShare
 from .embeddings import CogVideoXPatchEmbed, embed_scalar, unpatchify
 from .feature_cache import CheckedCacheMixin
 from .parallel import ParallelMixin
@@ -175,6 +176,9 @@ class CogVideoXTransformer3DModel(  # type: ignore[misc]
             ValueError: inputs that do not fit this model or each other; the message says which and why.
         """
         grid = self._check_inputs(hidden_states, encoder_hidden_states)
+        batch = BatchShare.of(len(hidden_states), self.batch_group)
+        if batch:
+            hidden_states, encoder_hidden_states, timestep, ofs = map(batch.own, (hidden_states, encoder_hidden_states, timestep, ofs))
         image_rotary_emb = self._check_rotary(image_rotary_emb, math.prod(grid), hidden_states.device)
         text, video = self.patch_embed(encoder_hidden_states, hidden_states)
         temb = self._embed_time(timestep, timestep_cond, ofs, hidden_states)
@@ -201,6 +205,7 @@ class CogVideoXTransformer3DModel(  # type: ignore[misc]
         video = self.norm_out(self.norm_final(video), temb)
         video = self.proj_out(video)
         sample = unpatchify(spread.whole(video) if spread else video, grid, self.geometry)
+        sample = batch.whole(sample) if batch else sample
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def _embed_time(self, timestep: float | Tensor, timestep_cond: Tensor | None, ofs: float | Tensor | None, like: Tensor) -> Tensor:
