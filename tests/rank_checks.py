@@ -8,6 +8,7 @@ from diffusers import ContextParallelConfig, FirstBlockCacheConfig, TensorParall
 from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.hooks import tensor_parallel as tensor_parallel_hooks
 from torch import distributed as dist
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from diffusers_cogvideox import CogVideoXPipeline
 from diffusers_cogvideox.models.autoencoder import AutoencoderKLCogVideoX
@@ -97,6 +98,20 @@ def masks_and_backends(degrees: dict[str, int]) -> None:
                 model.enable_parallelism(config=ContextParallelConfig(**degrees))
                 close(model(**masked)[0], expected)
                 model.disable_parallelism()
+
+
+def compiled(degrees: dict[str, int]) -> None:
+    """Blocks of a model on several ranks are compiled once, exchanges included."""
+    model, _ = tiny_twins("5b", num_attention_heads=3)
+    kwargs = inputs(model)
+    counted = CompileCounterWithBackend("aot_eager")
+    with torch.no_grad():
+        expected = model(**kwargs)[0]
+        model.enable_parallelism(config=ContextParallelConfig(**degrees))
+        model.compile_repeated_blocks(fullgraph=True, backend=counted)
+        for _ in range(2):
+            close(model(**kwargs)[0], expected)
+    assert counted.frame_count == 1
 
 
 def refusals() -> None:

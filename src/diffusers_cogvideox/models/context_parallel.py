@@ -74,7 +74,8 @@ class Spread(NamedTuple):
         if rotary is not None:
             cos, sin = (table.split(list(self.video), 0)[rank] for table in rotary)
             mine = (cos, sin)
-        return text.split(list(self.text), 1)[rank], video.split(list(self.video), 1)[rank], mine
+        # Contiguous as what blocks return: compiled, the first block is then like all others.
+        return text.split(list(self.text), 1)[rank].contiguous(), video.split(list(self.video), 1)[rank].contiguous(), mine
 
     def whole(self, video: Tensor) -> Tensor:
         """The video tokens (B, N, D) of all ranks, on each of them, from this rank's (B, n, D)."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..geometry import Geometry
 from .attention import with_separate_projections
+from .backends import BackendMixin
 from .block import AdaLayerNorm, CogVideoXBlock, FinalLayerNorm, TokenNorm
 from .context_parallel import BatchShare
 from .embeddings import CogVideoXPatchEmbed, embed_scalar, unpatchify
@@ -30,7 +31,7 @@ __all__ = ["CogVideoXBlock", "CogVideoXTransformer3DModel", "initialize_for_trai
 
 
 class CogVideoXTransformer3DModel(  # type: ignore[misc]
-    ParallelMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CheckedCacheMixin, SingleFileMixin
+    ParallelMixin, BackendMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CheckedCacheMixin, SingleFileMixin
 ):
     """Predicts the velocity of noisy video latents from text features and the timestep: every CogVideoX 1.0, 1.5 and Fun transformer.
 
@@ -181,6 +182,7 @@ class CogVideoXTransformer3DModel(  # type: ignore[misc]
             hidden_states, encoder_hidden_states, timestep, ofs = map(batch.own, (hidden_states, encoder_hidden_states, timestep, ofs))
         image_rotary_emb = self._check_rotary(image_rotary_emb, math.prod(grid), hidden_states.device)
         text, video = self.patch_embed(encoder_hidden_states, hidden_states)
+        self._check_attention_backend(video, self.config["attention_head_dim"], "attention_mask" in (attention_kwargs or {}))
         temb = self._embed_time(timestep, timestep_cond, ofs, hidden_states)
         text, video = self.embedding_dropout(text), self.embedding_dropout(video)
         spread = self.ranks and self.ranks.spread(text.shape[1], video.shape[1])
