@@ -15,6 +15,7 @@ from ..models.modulation import ModulationTables, tabulated
 from ..models.rope import Rotary, rope_for
 from ..runtime.effects import watch
 from ..runtime.health import run_checked
+from ..runtime.parallel import check_same_start
 from .conditioning import Condition
 from .guidance import dynamic_rule, guidance_at, guide, guide_away, steps_inside
 from .guiders import BaseGuidance, steer
@@ -50,8 +51,8 @@ def denoise(
         negative_prompt_embeds: (B, L, D_text), or None without guidance.
         step: what a step does with its prediction, by default the scheduler's own.
 
-    Raises ValueError for a guidance interval without any step, for windows or skipped layers that are not possible here, and for an
-    optimisation that is on and does nothing.
+    Raises ValueError for a guidance interval without any step, for windows or skipped layers that are not possible here, for an
+    optimisation that is on and does nothing, and for ranks that share the work but start from different tensors.
     """
     rule, guided = dynamic_rule(request.use_dynamic_cfg), steps_inside(request.guidance_interval, len(timesteps), "guidance_interval")
     predict = Predictor.of(pipe, condition, request, len(timesteps))
@@ -59,6 +60,7 @@ def denoise(
     joined = prompt_embeds if negative_prompt_embeds is None else torch.cat([negative_prompt_embeds, prompt_embeds])
     start = predict.starting_latents(request)
     tensors: dict[str, Any] = {"latents": start, "prompt_embeds": joined, "negative_prompt_embeds": negative_prompt_embeds}
+    check_same_start(pipe.transformer, start, joined)
     journal = request.journal
     done = journal.enter(pipe, timesteps, request.generator, tensors) if journal else 0
 
@@ -124,13 +126,19 @@ class Predictor:
             options["ofs"] = latents.new_full((1,), condition.ofs)
         if skip is not None:
             skip.check(transformer)
+        halves_shared = getattr(transformer, "batch_group", None) is not None
+        if request.guider is not None and halves_shared:
+            raise ValueError(
+                "A guider makes its predictions one after the other, which leaves ranks that share a batch nothing to share: call "
+                "pipe.transformer.disable_batch_parallelism() and share tokens (enable_parallelism), or leave the guider out."
+            )
         seen = windows.length if windows else frames
         return cls(
             transformer=transformer,
             condition=condition,
             rotary=rope_for(transformer.config, seen, height, width, latents.device, riflex=request.riflex),
             options=options,
-            sequential=request.sequential_guidance,
+            sequential=request.sequential_guidance and not halves_shared,  # who shares them has one half at a time anyway
             windows=windows,
             skip=skip,
             guider=request.guider,
