@@ -5,17 +5,25 @@ from typing import Any
 import pytest
 import torch
 from diffusers import ContextParallelConfig, FirstBlockCacheConfig, TensorParallelConfig
+from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.hooks import tensor_parallel as tensor_parallel_hooks
 from torch import distributed as dist
+from torch._dynamo.testing import CompileCounterWithBackend
 
+from diffusers_cogvideox import CogVideoXPipeline
+from diffusers_cogvideox.models.autoencoder import AutoencoderKLCogVideoX
 from diffusers_cogvideox.models.collectives import Group, add_up, exchange, gather, shares
+from diffusers_cogvideox.models.vae_memory import Saving
+from diffusers_cogvideox.runtime.parallel import share_work
+from parity import TINY_VAE, randomize
+from tiny_pipeline import call
 from transformer_cases import inputs, tiny_twins
 
-TOLERANCE = {"rtol": 0, "atol": 1e-5}
+VIDEO = 1e-4  # three guided steps and a decoder, all with random weights, enlarge rounding: stock and we differ by as much
 
 
-def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(actual, expected, **TOLERANCE)
+def close(actual: torch.Tensor, expected: torch.Tensor, atol: float = 1e-5) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
 
 
 def collectives() -> None:
@@ -90,6 +98,20 @@ def masks_and_backends(degrees: dict[str, int]) -> None:
                 model.enable_parallelism(config=ContextParallelConfig(**degrees))
                 close(model(**masked)[0], expected)
                 model.disable_parallelism()
+
+
+def compiled(degrees: dict[str, int]) -> None:
+    """Blocks of a model on several ranks are compiled once, exchanges included."""
+    model, _ = tiny_twins("5b", num_attention_heads=3)
+    kwargs = inputs(model)
+    counted = CompileCounterWithBackend("aot_eager")
+    with torch.no_grad():
+        expected = model(**kwargs)[0]
+        model.enable_parallelism(config=ContextParallelConfig(**degrees))
+        model.compile_repeated_blocks(fullgraph=True, backend=counted)
+        for _ in range(2):
+            close(model(**kwargs)[0], expected)
+    assert counted.frame_count == 1
 
 
 def refusals() -> None:
@@ -171,3 +193,75 @@ def tensor_refusals() -> None:
             model.enable_parallelism(config=TensorParallelConfig(tp_degree=2))
         assert model._parallel_config is None
         assert shapes == [parameter.shape for parameter in model.parameters()]
+
+
+def rows(cases: list[tuple[tuple[int, int, int], Saving | None]]) -> None:
+    """A video that ranks decode together, in several chunks and in bands, is the video that one decodes. A case is (f, h, w) and a way."""
+    vae = randomize(AutoencoderKLCogVideoX(**TINY_VAE)).eval()
+    for shape, saving in cases:
+        vae.saving = saving
+        z = torch.randn(1, 4, *shape)
+        with torch.no_grad():
+            vae.disable_row_parallelism()
+            expected = vae.decode(z).sample
+            vae.enable_row_parallelism()
+            scale = float(expected.abs().max())
+            close(vae.decode(z).sample / scale, expected / scale)
+            close(torch.cat(list(vae.decode_stream(z)), 2) / scale, expected / scale)
+            vae.encode(torch.randn(1, 3, 1, 16, 16))
+    with pytest.raises(ValueError, match="without gradients"):
+        vae.decode(torch.randn(1, 4, 1, 4, 4))
+
+
+def pipelines(folder: str, modes: list[str], options: dict[str, Any]) -> None:
+    """A pipeline on all ranks makes the video that it makes on one, whatever is shared."""
+    pipe = CogVideoXPipeline.from_pretrained(folder)
+    expected = call(pipe, **options)
+    for mode in modes:
+        roles = share_work(pipe, mode)
+        assert all(roles.of(rank) != "everything" for rank in range(dist.get_world_size()))
+        seen = []
+        handle = pipe.transformer.transformer_blocks[0].norm1.register_forward_hook(
+            lambda _, args, __, seen=seen: seen.append(args[0].shape)
+        )
+        close(call(pipe, **options), expected, VIDEO)
+        handle.remove()
+        assert all(shape[0] == 2 // roles.halves for shape in seen) and seen
+        with pytest.raises(ValueError, match="different noise or prompts"):
+            call(pipe, generator=torch.Generator().manual_seed(dist.get_rank()))
+        if roles.tensor == 1:
+            pipe.transformer.disable_parallelism()
+            pipe.transformer.disable_batch_parallelism()
+
+
+def halves_and_guiders(folder: str) -> None:
+    """Ranks that share a batch: one half each, also where halves are asked for one after the other; no guiders."""
+    pipe = CogVideoXPipeline.from_pretrained(folder)
+    expected = call(pipe, sequential_guidance=True, guidance_interval=(0.0, 0.5))
+    share_work(pipe, "cfg")
+    close(call(pipe, sequential_guidance=True, guidance_interval=(0.0, 0.5)), expected, VIDEO)
+    with pytest.raises(ValueError, match="disable_batch_parallelism"):
+        call(pipe, guider=ClassifierFreeGuidance(), guidance_scale=None)
+
+
+def batches() -> None:
+    """Any number of samples, with gradients."""
+    group = Group.of(dist.group.WORLD)
+    model, _ = tiny_twins("1.5-5b-i2v")
+    model.enable_batch_parallelism()
+    for batch, timestep in ((3, torch.tensor([999, 500, 1])), (3, 7), (1, torch.tensor([4])), (2, torch.tensor([4]))):
+        kwargs = inputs(model) | {"timestep": timestep}
+        kwargs |= {name: torch.randn(batch, *kwargs[name].shape[1:]) for name in ("hidden_states", "encoder_hidden_states")}
+        model.disable_batch_parallelism()
+        expected = model(**kwargs)[0]
+        weights = torch.randn_like(expected)
+        (expected * weights).sum().backward()
+        gradient = model.proj_out.weight.grad.clone()
+        model.zero_grad()
+        model.enable_batch_parallelism()
+        result = model(**kwargs)[0]
+        close(result, expected)
+        (result * weights).sum().backward()
+        total = add_up(model.proj_out.weight.grad, group) / (1 if batch >= group.size else group.size)
+        close(total / gradient.abs().max(), gradient / gradient.abs().max())
+        model.zero_grad()

@@ -1,7 +1,7 @@
 """Functions run on several ranks, gloo processes on this machine, which are forked from a server that has imported everything once."""
 
 import multiprocessing
-import socket
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -23,12 +23,16 @@ def run(count: int, check: Callable[..., Any], *arguments: Any, timeout: float =
 
 def outcomes_of(count: int, check: Callable[..., Any], *arguments: Any, timeout: float = 100) -> list[tuple[Any, str | None]]:
     """(result, None) or (None, traceback) of each rank; a rank that says nothing within `timeout` seconds is ended."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        return _outcomes(f"file://{folder}/ranks", count, check, arguments, timeout)
+
+
+def _outcomes(
+    meeting: str, count: int, check: Callable[..., Any], arguments: tuple[Any, ...], timeout: float
+) -> list[tuple[Any, str | None]]:
     pipes = [START.Pipe(duplex=False) for _ in range(count)]
     processes = [
-        START.Process(target=_rank, args=(sender, rank, count, port, check, arguments), daemon=True)
+        START.Process(target=_rank, args=(sender, rank, count, meeting, check, arguments), daemon=True)
         for rank, (_, sender) in enumerate(pipes)
     ]
     for process, (_, sender) in zip(processes, pipes, strict=True):
@@ -50,14 +54,14 @@ def outcomes_of(count: int, check: Callable[..., Any], *arguments: Any, timeout:
     return [outcomes.get(receiver, (None, f"nothing for {timeout} seconds")) for receiver, _ in pipes]
 
 
-def _rank(sender: Connection, rank: int, count: int, port: int, check: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _rank(sender: Connection, rank: int, count: int, meeting: str, check: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     import torch
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
     try:
         timeout = timedelta(seconds=60)
-        torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=count, timeout=timeout)
+        torch.distributed.init_process_group("gloo", meeting, rank=rank, world_size=count, timeout=timeout)
         sender.send((check(*arguments), None))
         torch.distributed.destroy_process_group()
     except BaseException:

@@ -25,7 +25,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
 from .generation.plan_options import PlanOptions
-from .options import ConvertOptions, DecodeOptions, EvaluateOptions, GenerateOptions, InfoOptions, MistakesError
+from .options import CalibrateOptions, ConvertOptions, DecodeOptions, EvaluateOptions, GenerateOptions, InfoOptions, MistakesError
 from .training.config import TrainConfig
 
 __all__ = ["VERBS", "Verb", "main", "parser_for"]
@@ -70,6 +70,12 @@ def _evaluate(options: EvaluateOptions) -> str:
     from .evaluation.shapes import evaluate
 
     return evaluate(options)
+
+
+def _calibrate(options: CalibrateOptions) -> str:
+    from .generation.calibrate import calibrate
+
+    return calibrate(options)
 
 
 _TASKS = {"vae": "VAETask", "text_encoder": "TextEncoderTask", "transformer": "TransformerTask"}
@@ -137,6 +143,7 @@ VERBS = {
     "info": Verb("tell what a checkpoint is", InfoOptions, _info, "[MODEL]", ("model",)),
     "convert": Verb("turn checkpoints of one layout into another", ConvertOptions, _convert, "INPUT OUTPUT"),
     "evaluate": Verb("measure how well a model shows what prompts say", EvaluateOptions, _evaluate, "shapes [MODEL]", ("model",)),
+    "calibrate": Verb("measure what feature caches cost a model", CalibrateOptions, _calibrate, "[MODEL]", ("model",)),
     "train": Verb("train a model as a YAML file says", TrainConfig, _train, "CONFIG.yaml", reads_file=True),
 }
 

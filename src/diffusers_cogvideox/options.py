@@ -18,6 +18,8 @@ __all__ = [
     "DEMO",
     "DEMO_IMAGE",
     "FILES",
+    "CacheName",
+    "CalibrateOptions",
     "ConvertOptions",
     "DecodeOptions",
     "DecodingOptions",
@@ -45,6 +47,7 @@ Sampler = Literal["ddim", "dpm"]
 Precision = Literal["float32", "bfloat16", "float16"]
 Fit = Literal["cover", "contain", "stretch"]
 Layout = Literal["pipeline", "vae"]
+CacheName = Literal["first_block", "mag", "tea", "sea", "taylor", "broadcast", "faster"]
 
 FILES = ("image", "last_image", "video", "mask", "control", "extend")
 """Options that name a picture or a video to start from."""
@@ -230,6 +233,11 @@ class GenerateOptions(DecodingOptions, MemoryOptions, InputOptions, SamplingOpti
     """Frames per second of the file (default: what the checkpoint was trained for, or that of the video to start from)."""
     checkpoint_every: int | None = None
     """Save the state of the video every so many steps: after an interruption, the same command goes on from there, to the same video."""
+    cache: Literal["auto", "none"] | CacheName = "none"
+    """Spare work by a feature cache, for other videos: auto, or the name of one, takes the fastest that keeps --max-error, as
+    `cogvideox calibrate MODEL` measured."""
+    max_error: float | None = None
+    """How far a cache may move the latents that the video is decoded from, relative to them (default: 0.05)."""
     preview: bool = False
     """Show the video in the making in VIDEO.preview.png, ten times on the way: its latents, mapped linearly to colours."""
     save_latents: bool = False
@@ -241,6 +249,12 @@ class GenerateOptions(DecodingOptions, MemoryOptions, InputOptions, SamplingOpti
         InputOptions.__post_init__(self)
         MemoryOptions.__post_init__(self)
         _at_least(1, num_videos=self.num_videos, fps=self.fps, frames=self.frames, checkpoint_every=self.checkpoint_every)
+        if self.max_error is not None and self.cache == "none":
+            raise ValueError(f"--max-error {self.max_error} has no effect without --cache.")
+        if self.max_error is not None and not 0 < self.max_error < math.inf:
+            raise ValueError(f"--max-error {self.max_error} is not possible: it must be above 0, and finite.")
+        if self.cache != "none" and self.checkpoint_every is not None:
+            raise ValueError("--checkpoint-every is not possible with --cache, which has a state of its own: leave out one of the two.")
         if self.size is not None:
             parse_size(self.size)
         if self.frames is not None and self.files == ("video",):
@@ -329,6 +343,31 @@ class EvaluateOptions(SamplingOptions):
         _at_least(1, prompts=self.prompts, untrained_prompts=self.untrained_prompts, batch_size=self.batch_size)
         if not self.baselines and self.untrained_prompts != EvaluateOptions.untrained_prompts:
             raise ValueError("--untrained-prompts has no effect with --no-baselines: leave out one of the two.")
+
+
+@dataclass(frozen=True)
+class CalibrateOptions(SamplingOptions):
+    """Measure what feature caches cost a model in exactness, for `generate --cache auto`.
+
+    Makes a video of each prompt without a cache and with every cache at several strengths, and writes what the blocks of the transformer
+    do from step to step, passes and errors to calibration.json in the model's folder (of a repository: in its local copy).
+    """
+
+    model: str = DEMO
+    """Pipeline folder, repository on the Hugging Face hub, or "demo" for the small model that comes with the package."""
+    _: KW_ONLY
+    prompts: int = 16
+    """Number of prompts, one video each."""
+    prompts_file: str | None = None
+    """Text file with one prompt per line (default: sentences about one moving shape)."""
+    caches: tuple[CacheName, ...] = ()
+    """Cache to measure; can be given several times (default: all)."""
+    output: str | None = None
+    """File to write (default: calibration.json in the model's folder)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(1, prompts=self.prompts)
 
 
 @dataclass(frozen=True)

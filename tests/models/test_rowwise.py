@@ -272,7 +272,7 @@ def failing(vae, patch, below):
 
     ways, real = [], autoencoder._Coder.exactly
 
-    def exactly(coder, x, cache, saving):
+    def exactly(coder, x, cache, saving, share):
         ways.append(saving)
         if saving.bands.rows >= below:
             raise torch.OutOfMemoryError("no memory left")

@@ -38,6 +38,11 @@ def test_masks_and_backends(degrees):
     ranks.run(2, rank_checks.masks_and_backends, degrees)
 
 
+@pytest.mark.parametrize("degrees", [{"ulysses_degree": 2}, {"ring_degree": 2}])
+def test_d2_blocks_compile_with_their_exchanges(degrees):
+    ranks.run(2, rank_checks.compiled, degrees)
+
+
 def test_refusals():
     ranks.run(2, rank_checks.refusals)
     model, _ = tiny_twins("5b")

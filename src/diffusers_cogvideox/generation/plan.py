@@ -61,6 +61,8 @@ def _jobs(number: int, item: Item, folder: ModelFolder, loras: tuple[LoraFile, .
     source = sources.format()
     wanted: dict[str, Any] = {"height": height, "width": width, "num_frames": options.frames, "fps": options.fps}
     wanted = source | {name: value for name, value in wanted.items() if value is not None}
+    cache = None if options.cache == "none" else options.cache
+    wanted |= {"cache": cache, "max_error": options.max_error}
     settings = choose_settings(options, folder, sources.names, negative_prompt=options.negative_prompt, loras=loras, **wanted)
     _check_sources(sources, settings, source.get("num_frames"))
     seeds = range(options.seed, options.seed + options.num_videos)

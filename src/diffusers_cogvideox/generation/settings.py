@@ -58,6 +58,8 @@ class Settings:
     max_sequence_length: int  # text tokens
     dtype: str
     device: str
+    cache: str | None = None  # of the model's calibration
+    max_error: float | None = None
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Settings:

@@ -21,6 +21,7 @@ from ..geometry import DECODE_CHUNK, ENCODE_CHUNK, chunk_spans, spatial_ratio
 from .causal_conv import ConvCache
 from .host_cache import HostConvCache
 from .leaves import forget
+from .row_share import RowParallelMixin, RowShare
 from .rowwise import Rowwise
 from .single_file import SingleFileMixin
 from .textbook import Textbook
@@ -54,17 +55,18 @@ class _Coder:
         y = self.tower(x, how)
         return y if self.after is None else self.after(y)
 
-    def exactly(self, x: Tensor, cache: ConvCache, saving: Saving) -> Tensor:
-        """Code one chunk by `Rowwise`, in the precision of a surrounding autocast."""
+    def exactly(self, x: Tensor, cache: ConvCache, saving: Saving, share: RowShare | None = None) -> Tensor:
+        """Code one chunk by `Rowwise`, in the precision of a surrounding autocast, together with the other ranks of `share`."""
         kind = x.device.type
         cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if cast else x.dtype
         with torch.autocast(kind, enabled=False) if cast else nullcontext():
             z = x.to(dtype) if self.name == "decode" else None
-            return self(x, Rowwise(cache, z, saving.bands, dtype, x.device, saving.lean))
+            how = Rowwise(cache, z, saving.bands, dtype, x.device, saving.lean, share)
+            return self(x, how) if share is None else share.whole(self(share.own(x), how))
 
 
-class AutoencoderKLCogVideoX(TilingMixin, ModelMixin, AutoencoderMixin, ConfigMixin, SingleFileMixin):  # type: ignore[misc]
+class AutoencoderKLCogVideoX(TilingMixin, RowParallelMixin, ModelMixin, AutoencoderMixin, ConfigMixin, SingleFileMixin):  # type: ignore[misc]
     """Video (B, 3, F, H, W) in [-1, 1] <-> latents (B, C_z, f, h, w), f = (F - 1) / 4 + 1, h = H / 8, w = W / 8.
 
     Frames are processed in chunks (8 frames when encoding, 2 latent frames when decoding, the remainder in the first chunk),
@@ -245,20 +247,27 @@ class AutoencoderKLCogVideoX(TilingMixin, ModelMixin, AutoencoderMixin, ConfigMi
         """
         cache, ways = None, None
         for chunk in chunks if coder.before is None else map(coder.before, chunks):
+            share = self.row_share(chunk.shape[3]) if coder.name == "decode" else None
             if self._as_written(coder, chunk):
+                if share is not None:
+                    raise ValueError(
+                        "Rows are shared by ranks without gradients and without compilation only: decode under torch.no_grad(), or call "
+                        "disable_row_parallelism()."
+                    )
                 if torch.is_grad_enabled():
                     forget(coder.tower)  # the weights are about to change
                 cache = ConvCache() if cache is None else cache.advance()
                 yield coder(chunk, Textbook(cache, chunk if coder.name == "decode" else None))
                 continue
-            ways = ways or self._ways(coder, (*chunk.shape[:2], frames, *chunk.shape[3:]), chunk.device)
+            height = chunk.shape[3] if share is None else share.sizes[share.group.rank]
+            ways = ways or self._ways(coder, (*chunk.shape[:2], frames, height, chunk.shape[4]), chunk.device)
             piece = None
             while piece is None:
                 current = _new_cache(ways[0], chunk.device) if cache is None else cache.advance()
                 try:
-                    piece = coder.exactly(chunk, current, ways[0])
+                    piece = coder.exactly(chunk, current, ways[0], share)
                 except (RuntimeError, MemoryError) as error:
-                    if cache is not None or len(ways) == 1 or not is_out_of_memory(error):
+                    if cache is not None or len(ways) == 1 or share is not None or not is_out_of_memory(error):
                         raise
                     ways = ways[1:]
                     logger.warning(f"The VAE found too little memory and goes on in smaller parts: {ways[0]}.")

@@ -71,9 +71,13 @@ class Past:
     Args:
         doubled: every frame stands for two equal ones: then one frame is the history of two.
         single: the very first frame of all stands for itself: then nothing precedes it.
+        inner: whether the map goes on above its first row and below its last: then the row there is kept, too.
     """
 
-    def __init__(self, cache: ConvCache, conv: CausalConv3d, *, doubled: bool, single: bool) -> None:
+    def __init__(
+        self, cache: ConvCache, conv: CausalConv3d, *, doubled: bool, single: bool, inner: tuple[bool, bool] = (False, False)
+    ) -> None:
+        self.inner = inner
         self.cache, self.conv = cache, conv
         self.kept = cache.take(conv)  # (B, 1 or 2, H, W, C)
         self.first = self.kept is None
@@ -90,19 +94,23 @@ class Past:
             frames: (B, length + F, rows, W, C), rows of the band start .. stop and one more on either side where the map of `height` rows
                 has one; the last F frames are there.
         """
-        above, below = int(start > 0), int(stop < height)
-        past, last = frames[:, : self.length], frames[:, -self.keeps :, above : above + stop - start]
+        above, below = int(start > 0 or self.inner[0]), int(stop < height or self.inner[1])
+        # Rows that no other band has for its own, first and last in frames, and where row 0 is in what is kept.
+        top, bottom = above - int(start > 0), below - int(stop < height)
+        offset = int(self.inner[0])
+        past = frames[:, : self.length]
+        last = frames[:, -self.keeps :, above - top : above + stop - start + bottom]
         if self.first:
             past.copy_(frames[:, self.length : self.length + 1].expand_as(past))
             if self.kept is None:
-                self.kept = frames.new_empty(len(frames), self.keeps, height, *frames.shape[3:])
+                self.kept = frames.new_empty(len(frames), self.keeps, height + sum(self.inner), *frames.shape[3:])
         elif self.kept is not None:
-            past.copy_(self.kept[:, :, start - above : stop + below])
+            past.copy_(self.kept[:, :, offset + start - above : offset + stop + below])
             if self.edge is not None:
                 past[:, :, 0] = self.edge
-            self.edge = self.kept[:, :, stop - 1].clone() if below else None
+            self.edge = self.kept[:, :, offset + stop - 1].clone() if stop < height else None
         if self.kept is not None:
-            self.kept[:, :, start:stop] = last
+            self.kept[:, :, offset + start - top : offset + stop + bottom] = last
 
     def keep(self) -> None:
         """Leave the last frames to the next chunk."""

@@ -16,7 +16,9 @@ from torch import Tensor
 if dist.is_available():
     import torch.distributed._functional_collectives as functional
 
-__all__ = ["Group", "add_up", "exchange", "gather", "shares", "spread_gradient"]
+    _gather_equal = getattr(functional, "all_gather_single", None) or functional.all_gather_tensor  # the name before PyTorch 2.13
+
+__all__ = ["Group", "add_up", "exchange", "gather", "require_ranks", "shares", "spread_gradient"]
 
 
 class Group(NamedTuple):
@@ -30,6 +32,12 @@ class Group(NamedTuple):
     def of(cls, group: Any) -> Group:
         """The value for a process group of torch.distributed."""
         return cls(group.group_name, dist.get_rank(group), dist.get_world_size(group))
+
+
+def require_ranks() -> None:
+    """Raise RuntimeError, with the remedy, unless there is a process group."""
+    if not dist.is_available() or not dist.is_initialized():
+        raise RuntimeError("Parallelism needs ranks: start with torchrun, and call torch.distributed.init_process_group() first.")
 
 
 def shares(total: int, parts: int) -> list[int]:
@@ -160,5 +168,5 @@ def _gathered(x: Tensor, dim: int, sizes: Sequence[int], group: Group) -> Tensor
     missing = list(x.shape)
     missing[dim] = longest - sizes[group.rank]
     padded = torch.cat([x, x.new_zeros(missing)], dim) if missing[dim] else x
-    received = functional.wait_tensor(functional.all_gather_tensor(padded.contiguous()[None], 0, group.name))
+    received = functional.wait_tensor(_gather_equal(padded.contiguous()[None], 0, group.name))
     return torch.cat([part.narrow(dim, 0, length) for part, length in zip(received.unbind(0), sizes, strict=True)], dim)

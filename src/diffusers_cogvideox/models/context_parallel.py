@@ -22,7 +22,7 @@ from torch import Tensor
 from .collectives import Group, exchange, gather, shares
 from .rope import Rotary
 
-__all__ = ["Ranks", "Spread", "attend_together"]
+__all__ = ["BatchShare", "Ranks", "Spread", "attend_together"]
 
 
 class Ranks(NamedTuple):
@@ -74,7 +74,8 @@ class Spread(NamedTuple):
         if rotary is not None:
             cos, sin = (table.split(list(self.video), 0)[rank] for table in rotary)
             mine = (cos, sin)
-        return text.split(list(self.text), 1)[rank], video.split(list(self.video), 1)[rank], mine
+        # Contiguous as what blocks return: compiled, the first block is then like all others.
+        return text.split(list(self.text), 1)[rank].contiguous(), video.split(list(self.video), 1)[rank].contiguous(), mine
 
     def whole(self, video: Tensor) -> Tensor:
         """The video tokens (B, N, D) of all ranks, on each of them, from this rank's (B, n, D)."""
@@ -93,6 +94,35 @@ class Spread(NamedTuple):
                 first = start + sum(sizes[:rank])
                 pieces.append(torch.arange(first, first + sizes[rank], device=device))
         return torch.cat(pieces)
+
+
+class BatchShare(NamedTuple):
+    """The samples of a batch that this rank computes, such as the half with or the half without the prompt.
+
+    Args:
+        sizes: samples of each rank.
+        group: the ranks.
+    """
+
+    sizes: tuple[int, ...]
+    group: Group
+
+    @classmethod
+    def of(cls, batch: int, group: Group | None) -> BatchShare | None:
+        """The share of so many samples; None where there is nothing to share, or not a sample for each rank."""
+        if group is None or group.size == 1 or batch < group.size:
+            return None
+        return cls(tuple(shares(batch, group.size)), group)
+
+    def own(self, value: Any) -> Any:
+        """This rank's samples of a tensor (B, ...); anything that all samples have in common stays as it is."""
+        if not isinstance(value, Tensor) or value.ndim == 0 or len(value) != sum(self.sizes):
+            return value
+        return value.split(list(self.sizes))[self.group.rank]
+
+    def whole(self, x: Tensor) -> Tensor:
+        """All samples (B, ...), on every rank, from this one's."""
+        return gather(x, 0, self.sizes, self.group, shared=True)
 
 
 def attend_together(

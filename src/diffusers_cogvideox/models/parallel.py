@@ -17,7 +17,7 @@ from diffusers.models._modeling_parallel import (
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from .collectives import Group
+from .collectives import Group, require_ranks
 from .context_parallel import Ranks
 from .tensor_parallel import TENSOR_PLAN, keep_share
 
@@ -43,6 +43,7 @@ class ParallelMixin:
     _tp_plan: Any = TENSOR_PLAN
 
     ranks: Ranks | None = None
+    batch_group: Group | None = None
     transformer_blocks: Any
     _parallel_config: ParallelConfig | None = None
 
@@ -77,6 +78,31 @@ class ParallelMixin:
             keep_share(self.transformer_blocks, Group.of(config.tensor_parallel_config._mesh.get_group()))
         self._parallel_config = config
 
+    def enable_batch_parallelism(self, group: Any = None) -> None:
+        """Share the samples of every batch among the ranks of a process group, by default all ranks; each rank calls the model with all
+        samples, and gets the predictions for all.
+
+        With two ranks, a guided pipeline has the prediction without the prompt made on one and that with it on the other, at the same
+        time. Goes together with `enable_parallelism` over other ranks. Batches with fewer samples than ranks are computed by every rank.
+
+        Raises:
+            RuntimeError: without a process group.
+        """
+        require_ranks()
+        self.batch_group = Group.of(dist.group.WORLD if group is None else group)
+
+    def disable_batch_parallelism(self) -> None:
+        """Undo `enable_batch_parallelism`."""
+        self.batch_group = None
+
+    @property
+    def partners(self) -> list[Group]:
+        """The groups of ranks that must call this model together, with the same inputs."""
+        context = self.ranks and self.ranks.everyone
+        tensor = self._parallel_config and self._parallel_config.tensor_parallel_config
+        groups = [context, tensor and Group.of(tensor._mesh.get_group()), self.batch_group]
+        return [group for group in groups if group]
+
     def disable_parallelism(self) -> None:
         """Undo `enable_parallelism`. Raises ValueError for tensor parallelism: the other ranks' weights are gone."""
         if self._parallel_config is not None and self._parallel_config.tensor_parallel_config is not None:
@@ -94,8 +120,7 @@ class ParallelMixin:
 
         Raises as `enable_parallelism`.
         """
-        if not dist.is_available() or not dist.is_initialized():
-            raise RuntimeError("Parallelism needs ranks: start with torchrun, and call torch.distributed.init_process_group() first.")
+        require_ranks()
         if isinstance(config, ContextParallelConfig):
             config = ParallelConfig(context_parallel_config=config)
         elif isinstance(config, TensorParallelConfig):

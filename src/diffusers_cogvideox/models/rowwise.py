@@ -27,6 +27,7 @@ from .filtering import FIRST, Filtering, filter_frames, steps_for, transformed_t
 from .frames import Bands, Frames, double_frames
 from .leaves import Conv2d, Conv3d, GroupNorm
 from .norms import group_statistics, norm_affine, normalise
+from .row_share import Border, RowShare
 from .vae_blocks import Downsample, ResnetBlock, SpatialNorm, Tower, Upsample
 
 __all__ = ["Rowwise", "joint_frames"]
@@ -57,6 +58,7 @@ class Rowwise:
         bands: how many rows at once.
         dtype, device: of the arithmetic.
         lean: make upsampled rows anew wherever they are needed, twice in all, and never keep all of them, nor weights in another form.
+        share: which rows of the picture these are, where other ranks have the rest.
     """
 
     cache: ConvCache
@@ -65,6 +67,7 @@ class Rowwise:
     dtype: torch.dtype
     device: torch.device
     lean: bool = False
+    share: RowShare | None = None
 
     def enter(self, tower: Tower, x: Tensor) -> Frames:
         """(B, C_in, F, H, W) -> (B, F, H, W, C)."""
@@ -107,12 +110,16 @@ class Rowwise:
         batch, frames, height, width, _ = x.shape
         phases, bias = layer.conv(lambda conv: (self._phases(conv), self._bias(conv)))
 
-        source = replace(x)  # x itself may be released by whoever made it
+        source, border = replace(x), self._border(x)  # x itself may be released by whoever made it
 
         def make(start: int, stop: int) -> Tensor:
             first, last = start // 2, (stop + 1) // 2
             rows = source.make(max(first - 1, 0), min(last + 1, height))
             around = F.pad(rows, (0, 0, 1, 1, int(first == 0), int(last == height)))
+            for edge, index in ((first == 0, 0), (last == height, -1)):
+                row = border.row_at(index)
+                if edge and row is not None:
+                    around[:, :, index, 1:-1] = row[:, :, 0]
             made = enlarge(around.flatten(0, 1), phases, bias).unflatten(0, (batch, frames))
             return made[:, :, start - 2 * first : stop - 2 * first]
 
@@ -164,11 +171,12 @@ class Rowwise:
 
     def _prepare(self, norm: nn.Module, activation: nn.Module, x: Frames) -> Prepare:
         """Normalisation and activation of rows of x; walks over x for the statistics."""
-        affine = norm_affine(norm, group_statistics(x, groups_of(norm), self.bands, self.dtype), self.z)
-        height = x.shape[2]
+        statistics = group_statistics(x, groups_of(norm), self.bands, self.dtype)
+        affine = norm_affine(norm, statistics if self.share is None else self.share.statistics(*statistics), self.z)
 
         def prepare(rows: Tensor, start: int, out: Tensor) -> None:
-            normalise(rows, (start, start + rows.shape[2]), height, affine, activation, out)
+            top, height = (start, x.shape[2]) if self.share is None else self.share.place(start, x.shape[2])
+            normalise(rows, (top, top + rows.shape[2]), height, affine, activation, out)
 
         return prepare
 
@@ -177,7 +185,8 @@ class Rowwise:
     ) -> Frames:
         """The causal convolution of what `prepare` makes of x: (B, F', H, W, C_out), added to `onto` where that is given."""
         batch, frames, height, width, channels = x.shape
-        past = Past(self.cache, conv, doubled=x.doubled, single=x.single)
+        border, inner = self._border(x), self.share.inner if self.share else (False, False)
+        past = Past(self.cache, conv, doubled=x.doubled, single=x.single, inner=inner)
         largest = joint_frames(self.dtype, self.device)
         steps = list(steps_for(frames, first=past.first, doubled=x.doubled, single=x.single, largest=largest))
         taps, bias = conv.conv(lambda layer: ([self._taps(layer, step.filtering) for step in steps], self._bias(layer)))
@@ -186,12 +195,14 @@ class Rowwise:
             above, below = int(start > 0), int(stop < height)
             rows = x.make(start - above, stop + below)
             work = rows.new_empty(batch, past.length + frames, stop - start + 2, width, channels)
-            if not above:
-                work[:, :, 0] = 0
-            if not below:
-                work[:, :, -1] = 0
-            inside = work[:, :, 1 - above : work.shape[2] - 1 + below]
-            prepare(rows, start - above, inside[:, past.length :])
+            prepare(rows, start - above, work[:, past.length :, 1 - above : work.shape[2] - 1 + below])
+            for edge, index, place in ((not above, 0, -1), (not below, -1, height)):
+                row = border.row_at(index) if edge else None
+                if row is not None:
+                    prepare(row, place, work[:, past.length :, index:][:, :, :1])
+                elif edge:
+                    work[:, :, index] = 0
+            inside = work[:, :, int(not (above or inner[0])) : work.shape[2] - int(not (below or inner[1]))]
             past.exchange(inside, start, stop, height)
             for step, step_taps in zip(steps, taps, strict=True):
                 filter_frames(work, step_taps, bias, step, out[:, :, start:stop], add=onto is not None)
@@ -200,6 +211,10 @@ class Rowwise:
             del rows, work, inside  # before the next band's are made
         past.keep()
         return Frames.of(out)
+
+    def _border(self, x: Frames) -> Border:
+        """The rows around those of x, where other ranks have them."""
+        return Border() if self.share is None else self.share.border(x)
 
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.device)

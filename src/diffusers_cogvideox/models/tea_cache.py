@@ -72,6 +72,7 @@ class _BlockHook(ModelHook):
         self.is_first, self.is_last = place == 0, place == count - 1
 
     def new_forward(self, _block: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """In place of the block's: video and text tokens (B, N, D), (B, L, D)."""
         state: _State = self.states.get_state()
         video, text = (kwargs.get(name, value) for name, value in zip(_STREAMS, [*args[:2], None, None], strict=False))
         if self.is_first:
@@ -108,6 +109,7 @@ class _BlockHook(ModelHook):
         return self.model.time_embedding(self.model.time_proj(values).to(dtype)).float()
 
     def reset_state(self, module: nn.Module) -> nn.Module:
+        """Forget all predictions."""
         self.states.reset()
         return module
 

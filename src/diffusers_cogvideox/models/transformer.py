@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from ..geometry import Geometry
 from .attention import with_separate_projections
+from .backends import BackendMixin
 from .block import AdaLayerNorm, CogVideoXBlock, FinalLayerNorm, TokenNorm
 from .cache_states import first_stateful_layer
+from .context_parallel import BatchShare
 from .embeddings import CogVideoXPatchEmbed, embed_scalar, per_sample, unpatchify
 from .feature_cache import CheckedCacheMixin
 from .parallel import ParallelMixin
@@ -30,7 +32,7 @@ __all__ = ["CogVideoXBlock", "CogVideoXTransformer3DModel", "initialize_for_trai
 
 
 class CogVideoXTransformer3DModel(  # type: ignore[misc]
-    ParallelMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CheckedCacheMixin, SingleFileMixin
+    ParallelMixin, BackendMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CheckedCacheMixin, SingleFileMixin
 ):
     """Predicts the velocity of noisy video latents from text features and the timestep: every CogVideoX 1.0, 1.5 and Fun transformer.
 
@@ -229,8 +231,12 @@ class CogVideoXTransformer3DModel(  # type: ignore[misc]
             ValueError: inputs that do not fit this model or each other; the message says which and why.
         """
         grid = self._check_inputs(hidden_states, encoder_hidden_states)
+        batch = BatchShare.of(len(hidden_states), self.batch_group)
+        if batch:
+            hidden_states, encoder_hidden_states, timestep, ofs = map(batch.own, (hidden_states, encoder_hidden_states, timestep, ofs))
         image_rotary_emb = self._check_rotary(image_rotary_emb, math.prod(grid), hidden_states.device)
         text, video = self.patch_embed(encoder_hidden_states, hidden_states)
+        self._check_attention_backend(video, self.config["attention_head_dim"], "attention_mask" in (attention_kwargs or {}))
         temb = self._look_up(timestep, ofs, hidden_states)
         if temb is None:
             temb = self.embed_time(timestep, timestep_cond, ofs, hidden_states)
@@ -257,6 +263,7 @@ class CogVideoXTransformer3DModel(  # type: ignore[misc]
         video = self.norm_out(self.norm_final(video), temb)
         video = self.proj_out(video)
         sample = unpatchify(spread.whole(video) if spread else video, grid, self.geometry)
+        sample = batch.whole(sample) if batch else sample
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def _look_up(self, timestep: float | Tensor, ofs: float | Tensor | None, like: Tensor) -> Tensor | None:

@@ -18,7 +18,9 @@ from ..geometry import Geometry
 from ..models.autoencoder import AutoencoderKLCogVideoX
 from ..models.transformer import CogVideoXTransformer3DModel
 from ..presets import PRESETS, match_preset
+from ..runtime.calibration import Calibration
 from ..runtime.health import check_dtype, run_checked
+from .caching import CacheReport, with_cache
 from .conditioning import Condition
 from .decoding import VideoDecoder
 from .denoising import denoise
@@ -60,6 +62,8 @@ class CogVideoXPipelineBase(SingleFilePipelineMixin, FittingMixin, PortablePipel
     _optional_components: list[str] = []  # noqa: RUF012 - diffusers reads plain class attributes
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]  # noqa: RUF012
 
+    calibration: Calibration | None = None
+    cache_report: CacheReport | None = None
     tokenizer: Any
     text_encoder: Any
     vae: Any
@@ -289,8 +293,14 @@ class CogVideoXPipelineBase(SingleFilePipelineMixin, FittingMixin, PortablePipel
             positive, negative = self._embeddings(request)
         timesteps, step = walk(timesteps) if walk else (timesteps[condition.first_step :], None)
         self._num_timesteps = len(timesteps)
+
+        def run(again: bool = False) -> Tensor:
+            if again:  # the scheduler forgets the loop before
+                set_timesteps(self.scheduler, request.num_inference_steps, request.timesteps, device)
+            return denoise(self, condition, timesteps, request, positive, negative, step)
+
         with self._stage("denoise"):
-            return denoise(self, condition, timesteps, request, positive, negative, step), condition.padding
+            return with_cache(self, request, len(timesteps), run), condition.padding
 
     def _embeddings(self, request: Request) -> tuple[Tensor, Tensor | None]:
         """Embeddings of the request in the transformer's dtype: (B, L, D_text), and the unconditional half or None."""

@@ -53,6 +53,9 @@ def shared_arguments(
     riflex: bool = False,
     journal: Journal | None = None,
     guider: BaseGuidance | None = None,
+    cache: Any = None,
+    max_error: float | None = None,
+    measure_error: bool = False,
 ) -> None:
     """Of every task:
 
@@ -80,6 +83,10 @@ def shared_arguments(
     riflex: lower the frequency that makes videos of twice the trained length or more repeat themselves (without windows).
     journal: saves the state of the loop every few steps, and goes on from it in a later call.
     guider: one of diffusers' guiders, such as `AdaptiveProjectedGuidance()`, in place of all guidance options above.
+    cache: a feature cache for this call: "auto" or the name of one, chosen from the checkpoint's calibration (`cogvideox calibrate`), or a
+        config as for `transformer.enable_cache`. `pipe.cache_report` tells what it came to.
+    max_error: what a cache of that calibration may do to the latents at the end, |z_cached - z| / |z|; 0.05 by default.
+    measure_error: also make the video without the cache, to report the real error; callbacks see both loops.
 
     Raises ValueError or TypeError, before anything runs, for what cannot be had. Errors while decoding carry `latents`: `decode_frames`.
     """

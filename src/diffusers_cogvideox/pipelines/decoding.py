@@ -160,7 +160,7 @@ class VideoDecoder:
                 yield piece
             return
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
+            if not is_out_of_memory(error) or getattr(self.vae, "row_group", None):  # other ranks go on
                 raise
             reason = str(error).partition("\n")[0]
         # Here neither the error nor what its traceback held on to is left.

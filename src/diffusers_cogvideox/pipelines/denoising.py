@@ -13,7 +13,9 @@ from torch import Tensor
 from ..models.feature_cache import check_unguided_pass, start_cached_loop
 from ..models.modulation import ModulationTables, tabulated
 from ..models.rope import Rotary, rope_for
+from ..runtime.effects import watch
 from ..runtime.health import run_checked
+from ..runtime.parallel import check_same_start
 from .conditioning import Condition
 from .guidance import dynamic_rule, guidance_at, guide, guide_away, steps_inside
 from .guiders import BaseGuidance, steer
@@ -49,7 +51,8 @@ def denoise(
         negative_prompt_embeds: (B, L, D_text), or None without guidance.
         step: what a step does with its prediction, by default the scheduler's own.
 
-    Raises ValueError for a guidance interval without any step, and for windows or skipped layers that are not possible here.
+    Raises ValueError for a guidance interval without any step, for windows or skipped layers that are not possible here, for an
+    optimisation that is on and does nothing, and for ranks that share the work but start from different tensors.
     """
     rule, guided = dynamic_rule(request.use_dynamic_cfg), steps_inside(request.guidance_interval, len(timesteps), "guidance_interval")
     predict = Predictor.of(pipe, condition, request, len(timesteps))
@@ -57,10 +60,12 @@ def denoise(
     joined = prompt_embeds if negative_prompt_embeds is None else torch.cat([negative_prompt_embeds, prompt_embeds])
     start = predict.starting_latents(request)
     tensors: dict[str, Any] = {"latents": start, "prompt_embeds": joined, "negative_prompt_embeds": negative_prompt_embeds}
+    check_same_start(pipe.transformer, start, joined)
     journal = request.journal
     done = journal.enter(pipe, timesteps, request.generator, tensors) if journal else 0
 
-    with predict.tabulated(timesteps) as tables, pipe.progress_bar(total=len(timesteps)) as progress:
+    progress_bar = pipe.progress_bar(total=len(timesteps))
+    with predict.tabulated(timesteps) as tables, watch(pipe) as watched, progress_bar as progress:
         progress.update(done)
         for index, value in list(enumerate(timesteps.tolist()))[done:]:
             if pipe.interrupt:
@@ -74,12 +79,16 @@ def denoise(
             latents = condition.hold(tensors["latents"], timestep)
             prediction = predict(pipe.scheduler.scale_model_input(latents, timestep), tensors["prompt_embeds"], timestep, scale, place)
             tensors["latents"] = step(prediction, timestep, latents).to(latents.dtype)
+            watched.after_step()
             _call_back(pipe, request, index, timestep, tensors, tables)
             if journal:
                 journal.record(index + 1, pipe, timesteps, request.generator, tensors["latents"])
             progress.update()
-    pipe._current_timestep = None
-    return condition.hold(tensors["latents"], None)
+        pipe._current_timestep = None
+        latents = condition.hold(tensors["latents"], None)
+        if not pipe.interrupt:
+            watched.finish(latents)
+    return latents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,13 +126,19 @@ class Predictor:
             options["ofs"] = latents.new_full((1,), condition.ofs)
         if skip is not None:
             skip.check(transformer)
+        halves_shared = getattr(transformer, "batch_group", None) is not None
+        if request.guider is not None and halves_shared:
+            raise ValueError(
+                "A guider makes its predictions one after the other, which leaves ranks that share a batch nothing to share: call "
+                "pipe.transformer.disable_batch_parallelism() and share tokens (enable_parallelism), or leave the guider out."
+            )
         seen = windows.length if windows else frames
         return cls(
             transformer=transformer,
             condition=condition,
             rotary=rope_for(transformer.config, seen, height, width, latents.device, riflex=request.riflex),
             options=options,
-            sequential=request.sequential_guidance,
+            sequential=request.sequential_guidance and not halves_shared,  # who shares them has one half at a time anyway
             windows=windows,
             skip=skip,
             guider=request.guider,

@@ -14,6 +14,7 @@ from diffusers.utils import logging
 from torch import Tensor
 
 from ..geometry import Geometry
+from .caching import check_cache
 from .guidance import Interval, check_interval, dynamic_rule
 from .guiders import BaseGuidance
 from .journal import Journal
@@ -70,6 +71,9 @@ class Request:
     riflex: bool = False
     journal: Journal | None = None
     guider: BaseGuidance | None = None
+    cache: Any = None
+    max_error: float | None = None
+    measure_error: bool = False
 
     def __post_init__(self) -> None:
         """Raise ValueError or TypeError for whatever can be told wrong without a model."""
@@ -78,6 +82,7 @@ class Request:
         if self.output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type={self.output_type!r} is unknown: use one of {OUTPUT_TYPES}.")
         self._check_numbers()
+        check_cache(self.cache, self.max_error, self.measure_error, self.guidance_interval, self.use_dynamic_cfg)
         if isinstance(self.generator, list) and len(self.generator) != self.count:
             raise ValueError(
                 f"{len(self.generator)} generators for {self.count} videos (prompts x num_videos_per_prompt): pass one for all, or "

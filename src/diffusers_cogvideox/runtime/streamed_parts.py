@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..checkpoints.stored import StoredTensor, stored_tensors
 from ..models.block import AdaLayerNorm
 from ..models.stand_in import stand_in
 
-__all__ = ["Parts", "check_streamable", "locate", "named_tensors", "replace_meta"]
+__all__ = ["Parts", "check_streamable", "locate", "named_tensors", "replace_meta", "wrap_again"]
 
 ADAPTER = "lora_"
 
@@ -61,24 +62,52 @@ class Parts:
 
 
 def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """All parameters and buffers with all their names: tensors that are shared come several times."""
-    yield from module.named_parameters(remove_duplicate=False)
-    yield from module.named_buffers(remove_duplicate=False)
+    """All parameters and buffers with all their names: tensors that are shared come several times.
+
+    Of a parameter that is a wrapper around others (torchao's quantised ones) those others.
+    """
+    for name, tensor in (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)):
+        if is_traceable_wrapper_subclass(tensor):
+            yield from ((f"{name}.{inner}", getattr(tensor, inner)) for inner in tensor.__tensor_flatten__()[0])
+        else:
+            yield name, tensor
 
 
-def check_streamable(model: Any) -> None:
-    """Raise ValueError for a model that is streamed, offloaded or quantised already."""
+def wrap_again(model: nn.Module, device: torch.device, move: bool) -> None:
+    """Let wrappers say that they are on a device: what they wrap is exchanged behind their backs.
+
+    Args:
+        model: on which they are.
+        device: what they shall say.
+        move: whether what they wrap is moved there for it, and comes back; otherwise it must be there.
+    """
+    for parameter in model.parameters():
+        if not is_traceable_wrapper_subclass(parameter) or parameter.device == device:
+            continue
+        names, context = parameter.__tensor_flatten__()
+        values = {name: getattr(parameter, name) for name in names}
+        inside = {name: value.to(device) for name, value in values.items()} if move else values
+        made = type(parameter).__tensor_unflatten__(inside, context, parameter.shape, parameter.stride())
+        torch.utils.swap_tensors(parameter, nn.Parameter(made, requires_grad=False))
+        for name, value in values.items():
+            getattr(parameter, name).data = value
+
+
+def check_streamable(model: Any, source: str) -> None:
+    """Raise ValueError for a model that is streamed or offloaded already, or quantised in a form that cannot be streamed."""
     for name, module in model.named_modules():
         registry = getattr(module, "_diffusers_hook", None)
         if hasattr(module, "_hf_hook") or (registry and registry.get_hook("group_offloading")):
             raise ValueError(f"{name or type(model).__name__} is offloaded already: load the model anew, and do one of the two.")
         if registry and registry.get_hook("cogvideox_streaming"):
             raise ValueError(f"this {type(model).__name__} is streamed already: call stop_streaming(model) first.")
-    for name, tensor in named_tensors(model):
-        if type(tensor.data) is not Tensor:
+    for name, parameter in model.named_parameters():
+        if is_traceable_wrapper_subclass(parameter) and source == "disk":
+            raise ValueError(f"{name} is quantised ({type(parameter).__name__}), and on disk it is not: use source='memory'.")
+        if type(parameter) is not nn.Parameter and not is_traceable_wrapper_subclass(parameter):
             raise ValueError(
-                f"{name} is quantised ({type(tensor.data).__name__}), in a form that cannot be brought piece by piece: keep the model on "
-                "the device, use diffusers' group offloading, or take layerwise casting to float8, which can be streamed."
+                f"{name} is quantised ({type(parameter).__name__}), and what belongs to it is not in the parameter: keep the model on the "
+                "device, or use one of torchao's quantisations or 'fp8-cast', which can be streamed."
             )
 
 

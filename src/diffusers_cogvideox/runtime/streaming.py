@@ -16,7 +16,7 @@ from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
 from .ring import Ring, Unit, fill_and_attach
-from .streamed_parts import Parts, check_streamable, locate, named_tensors, replace_meta
+from .streamed_parts import Parts, check_streamable, locate, named_tensors, replace_meta, wrap_again
 
 __all__ = ["SOURCES", "is_streamed", "load_streamed", "stop_streaming", "stream", "streamed_bytes"]
 
@@ -55,11 +55,12 @@ def stream(model: Any, device: torch.device | str, *, source: str = "memory", di
     """
     device = _resolved(device)
     _check_request(device, source, directory, ahead)
-    check_streamable(model)
+    check_streamable(model, source)
     stored = {} if directory is None else locate(model, Path(directory))
     if directory is None and any(tensor.is_meta for tensor in model.parameters()):
         raise ValueError("a model on the meta device has no weights in memory: use source='disk' and give its directory.")
     unread = replace_meta(model, device)
+    wrap_again(model, device, move=True)
     parts, files = Parts.of(model), {id(tensor): stored[name] for name, tensor in named_tensors(model) if name in stored}
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.requires_grad_(False)
@@ -179,6 +180,7 @@ class _Streaming:
             unit.packed = None
         for tensor in self.resident:
             tensor.data = tensor.data.cpu()
+        wrap_again(self.model, torch.device("cpu"), move=False)
         for parameter, flag in self.flags:
             parameter.requires_grad_(flag)
 
