@@ -51,8 +51,10 @@ def write_weights(folder: Path, tiny: bool) -> None:
             shape = model.state_dict()[name].shape
             start = (start + 7919) % (len(pool) - math.prod(shape))
             values = pool[start : start + math.prod(shape)].reshape(shape)
-            is_norm = len(shape) == 1
-            tensors[name] = torch.full(shape, float(name.endswith("weight"))).bfloat16() if is_norm else values / math.prod(shape[1:]) ** 0.5
+            scale = math.prod(shape[1:]) ** -0.5
+            tensors[name] = (
+                torch.full(shape, float(name.endswith("weight"))).bfloat16() if is_norm else values / math.prod(shape[1:]) ** 0.5
+            )
         save_file(tensors, folder / "transformer" / file)
         index |= dict.fromkeys(names, file)
     content = {"metadata": {}, "weight_map": index}

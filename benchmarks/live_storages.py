@@ -97,7 +97,7 @@ class LiveStorages(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
 
-def _fused(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+def _fused(query: Tensor, **_: Any) -> Tensor:
     """What a fused kernel leaves: the result (B, heads, S, d) in the layout (B, S, heads, d), and beside it the log-sums of the scores."""
     batch, heads, length, width = query.shape
     sums = query.new_empty(batch, heads, length, dtype=torch.float32)
@@ -108,7 +108,7 @@ def _fused(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Ten
 
 @contextmanager
 def fused_attention() -> Iterator[None]:
-    """On the meta device, where attention is written out in plain operations, let it take what a fused kernel takes; nothing is computed."""
+    """On the meta device, where attention is written out in plain operations, let it take what a fused kernel takes."""
     with patch.object(torch.nn.functional, "scaled_dot_product_attention", _fused):
         yield
 

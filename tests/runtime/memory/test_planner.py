@@ -71,7 +71,13 @@ def test_a_larger_workload_is_never_faster(vram):
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_a_larger_workload_never_takes_less_in_any_way(device):
     """Each option of each stage, and so the smallest budget."""
-    for stage, placement in [("denoise", "resident"), ("denoise", "disk"), ("text", "disk"), ("decode", "resident"), ("encode", "resident")]:
+    for stage, placement in [
+        ("denoise", "resident"),
+        ("denoise", "disk"),
+        ("text", "disk"),
+        ("decode", "resident"),
+        ("encode", "resident"),
+    ]:
         for less, more in itertools.pairwise(WORKLOADS):
             found = []
             for work in (less, more):
@@ -105,7 +111,9 @@ def test_a_refusal_names_the_smallest_budget_that_works(name):
 
 
 def test_too_little_ram_is_told_as_such():
-    with pytest.raises(ValueError, match=r"into 24.0 GB of device memory and 1.00 GB of RAM. The smallest budget that works is [\d.]+ GB of RAM"):
+    with pytest.raises(
+        ValueError, match=r"into 24.0 GB of device memory and 1.00 GB of RAM. The smallest budget that works is [\d.]+ GB of RAM"
+    ):
         make_plan(facts(), NATIVE, vram=24 * GB, ram=GB)
     with pytest.raises(ValueError, match=r"works is [\d.]+ GB of device memory with [\d.]+ GB of RAM"):
         make_plan(facts(), NATIVE, vram=GB, ram=GB)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ...units import in_words
+from ..effects import Finding
 from ..streaming import is_streamed
 from .plan import Plan
 from .usage import StageUsage
@@ -22,11 +23,13 @@ class Report:
         plan: that it followed, None without.
         active: what was done to save memory or time, in words.
         stages: what each stage took.
+        effects: of each optimisation that is on, what it did (`effects.summary`).
     """
 
     plan: Plan | None
     active: tuple[str, ...]
     stages: dict[str, StageUsage]
+    effects: tuple[Finding, ...] = ()
 
     def predicted(self, stage: str) -> tuple[int | None, int | None]:
         """Bytes on the device and in host memory that the plan expects of a stage."""
@@ -40,10 +43,11 @@ class Report:
             device, host = self.predicted(name)
             measured = {**asdict(usage), "seconds": round(usage.seconds, 3)}
             stages[name] = {**measured, "predicted_device": device, "predicted_host": host}
-        return {"plan": self.plan.to_json() if self.plan else None, "active": list(self.active), "stages": stages}
+        effects = [asdict(finding) for finding in self.effects]
+        return {"plan": self.plan.to_json() if self.plan else None, "active": list(self.active), "effects": effects, "stages": stages}
 
     def __str__(self) -> str:
-        lines = [f"active: {'; '.join(self.active) or 'nothing'}"]
+        lines = [f"active: {'; '.join(self.active) or 'nothing'}", *map(str, self.effects)]
         for name, usage in self.stages.items():
             device, host = self.predicted(name)
             peaks = [

@@ -40,7 +40,7 @@ class Staged(CpuOffload):
                 self.before()
             self.kept = [(tensor, tensor.data) for tensor in _tensors(self.model)]
             for tensor, value in self.kept:
-                tensor.data = value.to(self.device, non_blocking=True)
+                tensor.data = _brought(value, self.device)
         return args, kwargs
 
     def offload(self) -> None:
@@ -53,6 +53,10 @@ class Staged(CpuOffload):
         """Undo everything: the model is on the CPU, without a hook."""
         self.offload()
         remove_hook_from_module(self.model)
+
+
+def _brought(value: Tensor, device: torch.device) -> Tensor:
+    return value.to(device, non_blocking=True)
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:

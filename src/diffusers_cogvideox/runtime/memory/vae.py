@@ -66,11 +66,12 @@ def _coding(
     walked = walk_chunks(tower, shape, chunk, dtype, device, way)
     spans = chunk_spans(shape[2], chunk)
     batch, channels, frames, height, width = shape
-    if encodes:  # the pixels, as they came and in the model's precision; the result is small
-        beside = batch * channels * frames * height * width * (_FLOAT + dtype.itemsize)
+    if encodes:  # beside the pixels, as they came and in the model's precision; the result is small
+        peak = walked.peak + batch * channels * frames * height * width * (_FLOAT + dtype.itemsize)
     else:
-        ratio = vae.spatial_ratio
-        piece = batch * vae.config["out_channels"] * int(vae.config["temporal_compression_ratio"]) * height * width * ratio**2
-        beside = _PIECES * piece * spans[0][1] * dtype.itemsize
+        ratio, latents = int(vae.config["temporal_compression_ratio"]), spans[0][1]
+        pixels = batch * vae.config["out_channels"] * height * width * vae.spatial_ratio**2
+        piece = pixels * (ratio * latents - latents % 2 * (ratio - 1)) * dtype.itemsize
+        peak = max(walked.peak + piece, _PIECES * piece)
     share = frames / spans[min(1, len(spans) - 1)][1]  # of what was walked
-    return Coding(way, thrift, walked.peak + beside, sum(walked.kept.values()) if way.offload else 0, walked.products * share)
+    return Coding(way, thrift, peak, sum(walked.kept.values()) if way.offload else 0, walked.products * share)

@@ -1,0 +1,207 @@
+"""Pipelines that fit themselves into memory: the same videos, plans that are kept, reports, and errors before anything runs."""
+
+import json
+
+import pytest
+import torch
+
+from diffusers_cogvideox import CogVideoXImageToVideoPipeline, CogVideoXPipeline
+from diffusers_cogvideox.runtime.memory.costs import Costs, TransformerMode
+from diffusers_cogvideox.runtime.memory.facts import ModelFacts
+from diffusers_cogvideox.runtime.memory.staged import Staged
+from diffusers_cogvideox.runtime.memory.workload import MACHINES, Workload
+from diffusers_cogvideox.runtime.streaming import is_streamed
+from live_storages import LiveStorages
+from tiny_pipeline import call
+
+SIZES = {"height": 32, "width": 48, "num_frames": 9}
+
+
+@pytest.fixture
+def folder(folders):
+    return folders()
+
+
+@pytest.fixture
+def fresh(folder):
+    """A pipeline of its own, whose models may be changed."""
+    return CogVideoXPipeline.from_pretrained(folder)
+
+
+@pytest.fixture
+def from_disk(monkeypatch):
+    """No other place for what has blocks: a tiny model would always fit."""
+    monkeypatch.setattr(Costs, "possible", lambda _, part: ["resident"] if part == "vae" else ["disk"])
+
+
+def test_what_fits_changes_nothing(fresh, pipe):
+    plan = fresh.fit(**SIZES)
+    assert set(plan.placements.values()) == {"resident"}
+    assert torch.equal(call(fresh), call(pipe))
+
+
+def test_from_disk_gives_the_same_video(folder, pipe, from_disk):
+    fitted = CogVideoXPipeline.from_pretrained(folder, memory={"ram": "1GB", **SIZES})
+    assert is_streamed(fitted.transformer) and is_streamed(fitted.text_encoder)
+    assert {"transformer streamed", "text_encoder streamed"} <= set(fitted.report().active)
+    torch.testing.assert_close(call(fitted), call(pipe), rtol=0, atol=1e-5)
+
+
+def test_parts_move_when_a_second_fit_says_so(fresh, pipe, monkeypatch):
+    expected = call(pipe)
+    for place in ("disk", "resident", "disk"):
+        monkeypatch.setattr(Costs, "possible", lambda _, part, place=place: ["resident"] if part == "vae" else [place])
+        fresh.fit(ram="1GB", **SIZES)
+        assert is_streamed(fresh.transformer) == is_streamed(fresh.text_encoder) == (place == "disk")
+        torch.testing.assert_close(call(fresh), expected, rtol=0, atol=1e-5)
+
+
+def test_measures_are_carried_out_and_undone(fresh, pipe, monkeypatch):
+    one_way = [TransformerMode(None, True, 16, False)]
+    looped = Costs._looped
+    monkeypatch.setattr(Costs, "_denoising", lambda self, place, _: (looped(self, mode, self._pass(mode), place) for mode in one_way))
+    fresh.fit(**SIZES)
+    block = fresh.transformer.transformer_blocks[1]
+    assert (block.one_by_one, block.ff_tokens) == (True, 16)
+    torch.testing.assert_close(call(fresh), call(pipe), rtol=0, atol=5e-5)
+    monkeypatch.undo()
+    fresh.fit(**SIZES)
+    assert (block.one_by_one, block.ff_tokens) == (False, None)
+
+
+def test_a_larger_call_is_planned_for_or_refused_before_it_runs(fresh, monkeypatch):
+    fresh.fit(ram="64GB", **SIZES)
+    call(fresh, num_frames=17)
+    assert fresh.memory_plan.work.num_frames == 17
+    small = fresh.fit(ram="64GB", **SIZES).host_peak
+    fresh.fit(ram=small, **SIZES)
+    monkeypatch.setattr(fresh, "encode_prompt", lambda *_, **__: pytest.fail("it ran"))
+    before = fresh.memory_plan
+    with pytest.raises(ValueError, match=r"does not fit into .* of RAM\. The smallest budget that works is"):
+        call(fresh, num_frames=65, height=320, width=480)
+    assert fresh.memory_plan is before
+
+
+def test_nothing_is_loaded_for_a_budget_that_is_too_small(folder, monkeypatch):
+    monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", lambda *_, **__: pytest.fail("it was loaded"))
+    with pytest.raises(ValueError, match="smallest budget that works"):
+        CogVideoXPipeline.from_pretrained(folder, memory="1MB")
+    with pytest.raises(ValueError, match="Did you mean 8GB"):
+        CogVideoXPipeline.from_pretrained(folder, memory="8")
+
+
+def test_auto_takes_what_there_is(folder):
+    plan = CogVideoXPipeline.from_pretrained(folder, memory="auto").memory_plan
+    assert set(plan.placements.values()) == {"resident"}
+    assert plan.ram is not None
+
+
+def test_device_memory_means_nothing_on_a_processor(fresh):
+    with pytest.raises(ValueError, match="no meaning on a CPU"):
+        fresh.fit(vram="8GB", device="cpu")
+
+
+def test_offloaded_models_are_refused(fresh):
+    fresh.vae.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
+    with pytest.raises(ValueError, match=r"vae is offloaded already.*remove_all_hooks"):
+        fresh.fit()
+
+
+def test_a_report_holds_predicted_against_measured(fresh):
+    call(fresh)
+    assert fresh.report().plan is None
+    fresh.fit(**SIZES)
+    call(fresh)
+    report = fresh.report()
+    told = json.loads(json.dumps(report.to_json()))
+    assert list(told["stages"]) == ["encode", "text", "denoise", "decode"]
+    for name in ("text", "denoise", "decode"):
+        stage = told["stages"][name]
+        assert stage["seconds"] > 0 and stage["host"] > 10**7 and stage["predicted_host"] > 10**7
+    assert told["plan"]["work"]["num_frames"] == 9
+    assert "predicted" in str(report)
+
+
+def test_a_report_names_what_is_on(fresh):
+    fresh.transformer.split_batch()
+    fresh.vae.enable_tiling()
+    call(fresh)
+    assert {"samples one by one in each block", "VAE in its low-memory mode"} <= set(fresh.report().active)
+
+
+def test_frames_that_are_streamed_are_measured_as_they_come(fresh):
+    (stream,) = call(fresh, output_type="stream")
+    assert "decode" not in fresh.report().stages
+    list(stream)
+    assert fresh.report().stages["decode"].seconds > 0
+
+
+def test_staged_weights_come_when_they_are_called_and_leave_unchanged(monkeypatch):
+    """The device is played by copies that are one larger."""
+    monkeypatch.setattr("diffusers_cogvideox.runtime.memory.staged._brought", lambda value, _: value + 1)
+    layer = torch.nn.Linear(3, 4, bias=False)
+    weight, value = layer.weight, layer.weight.data
+    x, made_room = torch.ones(2, 3), []
+    at_home = layer(x)
+    staged = Staged(layer, torch.device("cpu"), before=lambda: made_room.append(True))
+    for _ in range(2):  # the second call finds them there
+        torch.testing.assert_close(layer(x), at_home + 3)
+    assert layer.weight is weight and made_room == [True]
+    staged.offload()
+    assert layer.weight.data_ptr() == value.data_ptr()
+    staged.remove()
+    torch.testing.assert_close(layer(x), at_home)
+    assert not hasattr(layer, "_hf_hook")
+
+
+def live_peaks(pipe, monkeypatch, **options):
+    """Bytes that the operations of each stage keep alive at most, in one call."""
+    peaks = {}
+    weights = [tensor for model in (pipe.transformer, pipe.vae, pipe.text_encoder) for tensor in (*model.parameters(), *model.buffers())]
+    inner = CogVideoXPipeline._stage
+
+    def stage(self, name):
+        class Measured:
+            def __enter__(self):
+                self.block, self.live = inner(pipe, name), LiveStorages()
+                self.block.__enter__()
+                self.live.ignore(weights)
+                self.live.__enter__()
+
+            def __exit__(self, *error):
+                self.live.__exit__(*error)
+                peaks[name] = max(peaks.get(name, 0), self.live.peak)
+                return self.block.__exit__(*error)
+
+        return Measured()
+
+    monkeypatch.setattr(CogVideoXPipeline, "_stage", stage)
+    call(pipe, **options)
+    return peaks
+
+
+@pytest.mark.parametrize("mode", ["plain", "split", "chunked", "lean"])
+@pytest.mark.parametrize("size", [(9, 64, 96), (17, 96, 96)])
+def test_stages_take_what_is_predicted(fresh, monkeypatch, mode, size):
+    """Live storages of whole stages on the processor: the loop with its sampler, tables and guidance; the decoder with its pictures."""
+    frames, height, width = size
+    work = Workload(height=height, width=width, num_frames=frames, steps=3, text_tokens=7)
+    costs = Costs(facts=ModelFacts.of_pipeline(fresh), work=work, dtype="float32", device="cpu", machine=MACHINES["cpu"])
+    split, tokens = mode == "split", 64 if mode == "chunked" else None
+    fresh.transformer.split_batch(split)
+    fresh.transformer.chunk_feed_forward(tokens)
+    decodings = costs.options("decode", "resident")
+    decoding = decodings[2 if mode == "lean" else 0]
+    fresh.vae.saving = decoding.mode.saving
+    found = live_peaks(fresh, monkeypatch, num_frames=frames, height=height, width=width)
+    monkeypatch.setattr("diffusers_cogvideox.runtime.memory.costs._FF_TOKENS", (None, 64))
+    loops = {(o.mode.split_batch, o.mode.ff_tokens): o.device for o in costs.options("denoise", "resident")}
+    assert loops[split, tokens] - costs.weights("transformer") == pytest.approx(found["denoise"], rel=0.1)
+    assert decoding.device - costs.weights("vae") == pytest.approx(found["decode"], rel=0.15 if mode == "lean" else 0.1)
+    (reading,) = costs.options("text", "resident")
+    assert reading.device - costs.weights("text_encoder") == pytest.approx(found["text"], rel=0.1)
+
+
+def test_a_picture_is_part_of_the_plan_of_image_to_video(folders):
+    fitted = CogVideoXImageToVideoPipeline.from_pretrained(folders("5b-i2v"), memory="auto")
+    assert [stage.name for stage in fitted.memory_plan.stages] == ["load", "encode", "text", "denoise", "decode"]
