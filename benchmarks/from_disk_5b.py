@@ -52,9 +52,9 @@ def write_weights(folder: Path, tiny: bool) -> None:
             start = (start + 7919) % (len(pool) - math.prod(shape))
             values = pool[start : start + math.prod(shape)].reshape(shape)
             scale = math.prod(shape[1:]) ** -0.5
-            tensors[name] = (
-                torch.full(shape, float(name.endswith("weight"))).bfloat16() if is_norm else values / math.prod(shape[1:]) ** 0.5
-            )
+            if len(shape) == 1:  # norms begin as the identity, biases as zeros
+                values = torch.full(shape, float("norm" in name and name.endswith("weight"))).bfloat16()
+            tensors[name] = values * scale
         save_file(tensors, folder / "transformer" / file)
         index |= dict.fromkeys(names, file)
     content = {"metadata": {}, "weight_map": index}

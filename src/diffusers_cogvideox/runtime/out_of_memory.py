@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from diffusers.utils.torch_utils import empty_device_cache
@@ -17,9 +18,11 @@ _PLAIN = (bool, int, float, str, tuple, frozenset, type(None))  # what settings 
 
 
 def free_unused_memory() -> None:
-    """Give memory that no tensor holds any more back to the accelerator."""
+    """Give memory that no tensor holds any more back to the accelerator, and to the system where the C library can."""
     gc.collect()
     empty_device_cache()
+    with suppress(OSError, AttributeError, TypeError):  # TypeError: there is no library of the process itself on Windows
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextmanager

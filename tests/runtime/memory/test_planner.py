@@ -103,7 +103,7 @@ def test_no_plan_is_above_its_budget():
 def test_a_refusal_names_the_smallest_budget_that_works(name):
     preset = PRESETS[name]
     work = Workload(height=preset.height, width=preset.width, num_frames=preset.num_frames)
-    with pytest.raises(ValueError, match="does not fit into 1.00 GB of device memory") as refused:
+    with pytest.raises(ValueError, match=r"does not fit into 1\.00 GB of device memory") as refused:
         make_plan(facts(name), work, vram=GB)
     smallest = int(float(re.search(r"smallest budget that works is ([\d.]+) GB of device memory", str(refused.value))[1]) * GB + 0.5)
     assert planned(work, name, vram=smallest) is not None
@@ -117,7 +117,7 @@ def test_too_little_ram_is_told_as_such():
         make_plan(facts(), NATIVE, vram=24 * GB, ram=GB)
     with pytest.raises(ValueError, match=r"works is [\d.]+ GB of device memory with [\d.]+ GB of RAM"):
         make_plan(facts(), NATIVE, vram=GB, ram=GB)
-    with pytest.raises(ValueError, match="needs? less"):
+    with pytest.raises(ValueError, match="need less"):
         make_plan(facts(), NATIVE, device="cpu", ram=GB)
 
 

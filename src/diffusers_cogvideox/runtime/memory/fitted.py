@@ -85,6 +85,7 @@ class Fitted:
         for name, staged in self.staged.items():
             if name != part:
                 staged.offload()
+        free_unused_memory()  # of the stage before; on a processor it would count for this one
         if stage in self.plan.coding:
             self.parts["vae"].saving = self.plan.coding[stage]
 
