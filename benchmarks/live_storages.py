@@ -97,7 +97,7 @@ class LiveStorages(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
 
-def _fused(query: Tensor, **_: Any) -> Tensor:
+def _fused(query: Tensor, *_: Any, **__: Any) -> Tensor:
     """What a fused kernel leaves: the result (B, heads, S, d) in the layout (B, S, heads, d), and beside it the log-sums of the scores."""
     batch, heads, length, width = query.shape
     sums = query.new_empty(batch, heads, length, dtype=torch.float32)

@@ -1,6 +1,6 @@
 """The tables of docs/memory.md: how every released model fits into what consumers have. Plans only; nothing is run.
 
-    python benchmarks/memory_plans.py [--check]
+python benchmarks/memory_plans.py [--check]
 """
 
 from __future__ import annotations

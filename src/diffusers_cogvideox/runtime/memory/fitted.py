@@ -65,6 +65,7 @@ class Fitted:
         self.budget, self.facts, self.plan = budget, facts, plan
         self.places: dict[str, Placement] = {name: "disk" for name, model in self.parts.items() if is_streamed(model)}
         self.staged: dict[str, Staged] = {}
+        self.stage: str | None = None  # that runs
         self._carry_out()
 
     def ensure(self, work: Workload, facts: ModelFacts) -> None:
@@ -80,7 +81,10 @@ class Fitted:
         self._carry_out()
 
     def enter(self, stage: str) -> None:
-        """Make room for a stage, and let the VAE work as planned."""
+        """Make room for a stage, unless it goes on, and let the VAE work as planned."""
+        if stage == self.stage:
+            return
+        self.stage = stage
         part = next((found.part for found in self.plan.stages if found.name == stage), None)
         for name, staged in self.staged.items():
             if name != part:
@@ -91,8 +95,8 @@ class Fitted:
 
     def rest(self) -> None:
         """Between calls: what is only staged leaves the device."""
-        for staged in self.staged.values():
-            staged.offload()
+        self.stage = None
+        self._make_room()
 
     def undo(self) -> None:
         """All models in host memory, as they were before, and without measures."""
@@ -103,6 +107,10 @@ class Fitted:
         transformer.chunk_feed_forward(None)
         transformer.release_modulation(False)
         vae.saving = None
+
+    def _make_room(self) -> None:
+        for staged in self.staged.values():
+            staged.offload()
 
     # --- places -----------------------------------------------------------------------------------------------------
 
@@ -134,7 +142,7 @@ class Fitted:
         if place == "resident":
             model.to(device)
         elif place == "staged":
-            self.staged[name] = Staged(model.to("cpu"), device, before=self.rest)
+            self.staged[name] = Staged(model.to("cpu"), device, before=self._make_room)
         elif place == "streamed":
             stream(model.to("cpu"), device)
         else:
