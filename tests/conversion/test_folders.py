@@ -9,7 +9,7 @@ from transformers import T5EncoderModel
 import diffusers_cogvideox as ours
 from diffusers_cogvideox import PRESETS
 from diffusers_cogvideox.conversion.convert import convert
-from diffusers_cogvideox.options import ConvertOptions
+from diffusers_cogvideox.conversion.options import ConvertOptions
 from parity import StockImageToVideoPipeline, StockPipeline, StockTransformer, StockVAE
 from sat_cases import converted, sat_transformer, sat_vae, tiny_transformer, tiny_vae, write_release, write_sat
 from tiny_pipeline import call

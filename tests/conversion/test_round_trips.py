@@ -12,7 +12,7 @@ from diffusers_cogvideox import AutoencoderKLCogVideoX, CogVideoXTransformer3DMo
 from diffusers_cogvideox.checkpoints.lora import to_peft
 from diffusers_cogvideox.conversion import loras
 from diffusers_cogvideox.conversion.convert import convert
-from diffusers_cogvideox.options import ConvertOptions
+from diffusers_cogvideox.conversion.options import ConvertOptions
 from lora_cases import SPELLINGS, delta, factors, spelled
 from parity import TINY_TRANSFORMERS, StockPipeline, StockTransformer, StockVAE, randomize
 from sat_cases import converted, sat_transformer, sat_vae, tiny_transformer, tiny_vae, write_sat

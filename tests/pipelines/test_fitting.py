@@ -196,10 +196,11 @@ def test_stages_take_what_is_predicted(fresh, monkeypatch, mode, size):
     found = live_peaks(fresh, monkeypatch, num_frames=frames, height=height, width=width)
     monkeypatch.setattr("diffusers_cogvideox.runtime.memory.costs._FF_TOKENS", (None, 64))
     loops = {(o.mode.split_batch, o.mode.ff_tokens): o.device for o in costs.options("denoise", "resident")}
-    assert loops[split, tokens] - costs.weights("transformer") == pytest.approx(found["denoise"], rel=0.1)
-    assert decoding.device - costs.weights("vae") == pytest.approx(found["decode"], rel=0.15 if mode == "lean" else 0.1)
+    beside = costs.library()
+    assert loops[split, tokens] - costs.weights("transformer") - beside == pytest.approx(found["denoise"], rel=0.1)
+    assert decoding.device - costs.weights("vae") - beside == pytest.approx(found["decode"], rel=0.15 if mode == "lean" else 0.1)
     (reading,) = costs.options("text", "resident")
-    assert reading.device - costs.weights("text_encoder") == pytest.approx(found["text"], rel=0.1)
+    assert reading.device - costs.weights("text_encoder") - beside == pytest.approx(found["text"], rel=0.1)
 
 
 def test_a_picture_is_part_of_the_plan_of_image_to_video(folders):

@@ -13,11 +13,11 @@ from ..checkpoints.lora import Lora
 from ..checkpoints.rules import listed
 from ..checkpoints.writing import parse_bytes
 from ..files import atomic_folder, atomic_path
-from ..options import ConvertOptions
 from ..presets import match_preset
 from . import to_diffusers, to_sat
 from .hints import Hints, hints_for, parts_of, pipeline_class
 from .loras import diffusers_lora, lora_of, merged
+from .options import ConvertOptions
 from .parts import Part, in_dtype
 from .plan import Output
 from .sources import Source, open_source

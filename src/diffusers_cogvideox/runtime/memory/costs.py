@@ -150,8 +150,9 @@ class Costs:
         facts = self._part(part)
         return int(facts.block * self.lossy[quantisation]) if quantisation else facts.block_bytes(self.dtype)
 
-    def _library(self) -> int:
-        return 0 if self.device == "cpu" else _LIBRARY
+    def library(self) -> int:
+        """Bytes of the matrix library's own memory: on a processor copies of the weights at work, about a block of the transformer."""
+        return self.block("transformer") if self.device == "cpu" else _LIBRARY
 
     def _arrival(self, size: int, placement: Placement) -> float:
         """Seconds that bytes take to the device, outside of computing."""
@@ -174,7 +175,7 @@ class Costs:
         peak = text_encoder_peak(config, work.prompts, work.text_tokens, self.width)
         seconds = passes * self._in_blocks("text_encoder", placement, operations / passes / self.machine.compute)
         seconds += self._arrival(self.weights("text_encoder"), placement) if placement == "staged" else 0
-        device = self.on_device("text_encoder", placement) + peak + self._embeddings() + self._library()
+        device = self.on_device("text_encoder", placement) + peak + self._embeddings() + self.library()
         return Option(device, 0, seconds, PLACEMENTS.index(placement))
 
     def _embeddings(self) -> int:
@@ -193,7 +194,7 @@ class Costs:
     def _coded(self, coding: Coding, placement: Placement) -> Option:
         seconds = coding.operations * (_LEAN if coding.saving.lean else 1) / self.machine.compute
         seconds += self._arrival(self.weights("vae"), placement)
-        device = self.on_device("vae", placement) + coding.device + self._library()
+        device = self.on_device("vae", placement) + coding.device + self.library()
         return Option(device, coding.host, seconds, PLACEMENTS.index(placement) + coding.thrift, coding)
 
     def _denoising(self, placement: Placement, quantisation: str | None) -> Iterator[Option]:
@@ -242,7 +243,7 @@ class Costs:
         modulation = facts.modulation * self.width
         tables = modulation_table_bytes(config, self.work.steps, self.width) + rotary_bytes(config, part.tokens)
         weights = self.on_device("transformer", placement, mode.quantisation)
-        beside = tables + self._embeddings() + inputs + self._library()
+        beside = tables + self._embeddings() + inputs + self.library()
         # Before the loop all weights are there, and the tables; in it, weights that are put aside are not.
         device = beside + weights + max(part.peak() - (modulation if mode.release_modulation else 0), steps, 0)
 
