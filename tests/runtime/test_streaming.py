@@ -332,9 +332,18 @@ def fresh_compiler():
 
 
 def test_streamed_blocks_compile(streamed, resident, fresh_compiler):
-    kwargs = inputs(resident)
-    streamed.compile_repeated_blocks(backend="eager")
-    torch.testing.assert_close(forward(streamed, kwargs), forward(resident, kwargs), rtol=0, atol=0)
+    kwargs, graphs = inputs(resident), []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    exact = forward(resident, kwargs)
+    streamed.compile_repeated_blocks(backend=backend)
+    with tabulated(streamed, torch.tensor([999, 431])):
+        for _ in range(2):
+            torch.testing.assert_close(forward(streamed, kwargs), exact, rtol=0, atol=2e-6)
+    assert len(graphs) == 1, "all blocks run the same code"
     torch.compiler.reset()
     streamed.compile_repeated_blocks(backend="eager", fullgraph=True)
     with pytest.raises(Exception, match="compile without fullgraph=True"):

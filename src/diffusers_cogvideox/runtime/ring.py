@@ -122,7 +122,6 @@ class Ring:
         self._staging: list[tuple[Tensor, Any]] = []  # pinned memory between disk and device, with the copy that reads it
         self._thread: ThreadPoolExecutor | None = None
 
-    @torch.compiler.disable(reason="weights are streamed to the device between the blocks: compile without fullgraph=True")
     def use(self, index: int) -> None:
         """Attach a unit, as soon as it is there, and send for the next ones."""
         slot = self._request(index)
@@ -134,14 +133,12 @@ class Ring:
         for following in range(index + 1, min(index + 1 + self.ahead, len(self.units))):
             self._request(following)
 
-    @torch.compiler.disable
     def done(self, index: int) -> None:
         """Detach a unit that was used; its memory is written to once the computation that is under way has ended."""
         self.units[index].detach(self.device)
         self.attached.discard(index)
         self.slots[index % len(self.slots)].free = self._now()
 
-    @torch.compiler.disable
     def empty(self) -> None:
         """Give all memory on the device back, also after an error in the middle of a pass."""
         for index in list(self.attached):
