@@ -73,6 +73,19 @@ def test_another_dtype_is_converted(saved, resident):
     torch.testing.assert_close(forward(streamed, kwargs), forward(resident.bfloat16(), kwargs), rtol=0, atol=0)
 
 
+def test_it_works_in_inference_mode(saved, resident):
+    kwargs = {name: value.bfloat16() if name.endswith("hidden_states") else value for name, value in inputs(resident).items()}
+    streamed = load_streamed(CogVideoXTransformer3DModel, saved["5b-i2v"], "cpu", dtype=torch.bfloat16)
+    exact = forward(resident.bfloat16(), kwargs)
+    with torch.inference_mode():
+        for _ in range(2):
+            torch.testing.assert_close(forward(streamed, kwargs), exact, rtol=0, atol=0)
+        with tabulated(streamed, torch.tensor([999, 431])) as tables:
+            assert forward(streamed, kwargs).isfinite().all()
+            tables.refresh()
+    torch.testing.assert_close(forward(streamed, kwargs), exact, rtol=0, atol=0)
+
+
 def test_a_text_encoder_streams_too(folders):
     folder = folders() / "text_encoder"
     resident = T5EncoderModel.from_pretrained(folder)
