@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusers_cogvideox.conversion.convert import convert
-from diffusers_cogvideox.options import ConvertOptions
+from diffusers_cogvideox.conversion.options import ConvertOptions
 from parity import TINY_TRANSFORMERS, TINY_VAE, StockTransformer, StockVAE, randomize
 from transformer_cases import stock_rope
 

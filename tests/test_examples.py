@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from diffusers_cogvideox import cli
-from diffusers_cogvideox.options import ConvertOptions
+from diffusers_cogvideox.conversion.options import ConvertOptions
 from tiny_pipeline import save_stock_folder
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 
 from diffusers_cogvideox import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from diffusers_cogvideox.conversion.convert import convert
+from diffusers_cogvideox.conversion.options import ConvertOptions
 from diffusers_cogvideox.models.rope import rope_for
-from diffusers_cogvideox.options import ConvertOptions
 from parity import StockTransformer, StockVAE
 from sat_cases import converted
 

@@ -73,6 +73,19 @@ def test_another_dtype_is_converted(saved, resident):
     torch.testing.assert_close(forward(streamed, kwargs), forward(resident.bfloat16(), kwargs), rtol=0, atol=0)
 
 
+def test_it_works_in_inference_mode(saved, resident):
+    kwargs = {name: value.bfloat16() if name.endswith("hidden_states") else value for name, value in inputs(resident).items()}
+    streamed = load_streamed(CogVideoXTransformer3DModel, saved["5b-i2v"], "cpu", dtype=torch.bfloat16)
+    exact = forward(resident.bfloat16(), kwargs)
+    with torch.inference_mode():
+        for _ in range(2):
+            torch.testing.assert_close(forward(streamed, kwargs), exact, rtol=0, atol=0)
+        with tabulated(streamed, torch.tensor([999, 431])) as tables:
+            assert forward(streamed, kwargs).isfinite().all()
+            tables.refresh()
+    torch.testing.assert_close(forward(streamed, kwargs), exact, rtol=0, atol=0)
+
+
 def test_a_text_encoder_streams_too(folders):
     folder = folders() / "text_encoder"
     resident = T5EncoderModel.from_pretrained(folder)
@@ -332,9 +345,18 @@ def fresh_compiler():
 
 
 def test_streamed_blocks_compile(streamed, resident, fresh_compiler):
-    kwargs = inputs(resident)
-    streamed.compile_repeated_blocks(backend="eager")
-    torch.testing.assert_close(forward(streamed, kwargs), forward(resident, kwargs), rtol=0, atol=0)
+    kwargs, graphs = inputs(resident), []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    exact = forward(resident, kwargs)
+    streamed.compile_repeated_blocks(backend=backend)
+    with tabulated(streamed, torch.tensor([999, 431])):
+        for _ in range(2):
+            torch.testing.assert_close(forward(streamed, kwargs), exact, rtol=0, atol=2e-6)
+    assert len(graphs) == 1, "all blocks run the same code"
     torch.compiler.reset()
     streamed.compile_repeated_blocks(backend="eager", fullgraph=True)
     with pytest.raises(Exception, match="compile without fullgraph=True"):

@@ -237,9 +237,7 @@ class CogVideoXTransformer3DModel(  # type: ignore[misc]
         image_rotary_emb = self._check_rotary(image_rotary_emb, math.prod(grid), hidden_states.device)
         text, video = self.patch_embed(encoder_hidden_states, hidden_states)
         self._check_attention_backend(video, self.config["attention_head_dim"], "attention_mask" in (attention_kwargs or {}))
-        temb = self._look_up(timestep, ofs, hidden_states)
-        if temb is None:
-            temb = self.embed_time(timestep, timestep_cond, ofs, hidden_states)
+        temb = self._time(timestep, timestep_cond, ofs, hidden_states)
         text, video = self.embedding_dropout(text), self.embedding_dropout(video)
         spread = self.ranks and self.ranks.spread(text.shape[1], video.shape[1])
         if spread:
@@ -248,29 +246,32 @@ class CogVideoXTransformer3DModel(  # type: ignore[misc]
         if self.float32_residual:
             text, video = text.float(), video.float()
 
-        for block in self.transformer_blocks:
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                video, text = self._gradient_checkpointing_func(block, video, text, temb, image_rotary_emb, attention_kwargs)
-            else:
-                video, text = block(
-                    hidden_states=video,
-                    encoder_hidden_states=text,
-                    temb=temb,
-                    image_rotary_emb=image_rotary_emb,
-                    attention_kwargs=attention_kwargs,
-                )
-
+        video = self._through_blocks(video, text, temb, image_rotary_emb, attention_kwargs)
         video = self.norm_out(self.norm_final(video), temb)
         video = self.proj_out(video)
         sample = unpatchify(spread.whole(video) if spread else video, grid, self.geometry)
         sample = batch.whole(sample) if batch else sample
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
-    def _look_up(self, timestep: float | Tensor, ofs: float | Tensor | None, like: Tensor) -> Tensor | None:
-        """In place of temb: rows (1 or B,) of the blocks' tables, while there are tables that hold this timestep."""
-        if self.modulation is None or torch.is_grad_enabled():
-            return None
-        return self.modulation.rows(per_sample(timestep, like, "timestep"), ofs)
+    def _through_blocks(
+        self, video: Tensor, text: Tensor, temb: Tensor, rotary: tuple[Tensor, Tensor] | None, options: dict[str, Any] | None
+    ) -> Tensor:
+        """Video tokens (B, N, D) behind the last block."""
+        for block in self.transformer_blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                video, text = self._gradient_checkpointing_func(block, video, text, temb, rotary, options)
+            else:
+                video, text = block(
+                    hidden_states=video, encoder_hidden_states=text, temb=temb, image_rotary_emb=rotary, attention_kwargs=options
+                )
+        return video
+
+    def _time(self, timestep: float | Tensor, timestep_cond: Tensor | None, ofs: float | Tensor | None, like: Tensor) -> Tensor:
+        """temb (1 or B, E); in its place rows (1 or B,) of the blocks' tables, while there are tables that hold this timestep."""
+        rows = None
+        if self.modulation is not None and not torch.is_grad_enabled():
+            rows = self.modulation.rows(per_sample(timestep, like, "timestep"), ofs)
+        return self.embed_time(timestep, timestep_cond, ofs, like) if rows is None else rows
 
     def embed_time(self, timestep: float | Tensor, timestep_cond: Tensor | None, ofs: float | Tensor | None, like: Tensor) -> Tensor:
         """temb (1 or B, E) of the timestep and, in CogVideoX 1.5 image-to-video, ofs; `like` (B, ...) gives batch, dtype and device.

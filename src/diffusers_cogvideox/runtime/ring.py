@@ -16,6 +16,12 @@ __all__ = ["Ring", "Unit", "fill_and_attach"]
 ALIGNMENT = 256  # bytes, what accelerators like
 
 
+@torch.inference_mode(False)  # such memory could not be written to by the thread that reads, which is outside of that mode
+def _memory(size: int, device: torch.device | str = "cpu", pinned: bool = False) -> Tensor:
+    """Fresh memory (size,) in bytes."""
+    return torch.empty(size, dtype=torch.uint8, device=device, pin_memory=pinned)
+
+
 class Unit:
     """Tensors that come and go together. While they are away, stand-ins on the device have their shapes.
 
@@ -29,6 +35,7 @@ class Unit:
         self.read = read
         self.packed: Tensor | None = None
         self.places: list[int] = []
+        self._away: list[Tensor] = []
         end = 0
         for tensor in self.tensors:
             self.places.append(end)
@@ -37,7 +44,7 @@ class Unit:
 
     def pack(self, pinned: bool) -> None:
         """Keep the values in one piece of the host's memory."""
-        packed = torch.empty(self.nbytes, dtype=torch.uint8, pin_memory=pinned)
+        packed = _memory(self.nbytes, pinned=pinned)
         for view, tensor in zip(self.views(packed), self.tensors, strict=True):
             view.copy_(tensor.detach())
         self.packed = packed
@@ -72,8 +79,9 @@ class Unit:
 
     def detach(self, device: torch.device) -> None:
         """Let stand-ins on the device be the tensors."""
-        for tensor in self.tensors:
-            tensor.data = stand_in(tensor, device)
+        self._away = self._away or [stand_in(tensor, device) for tensor in self.tensors]
+        for tensor, away in zip(self.tensors, self._away, strict=True):
+            tensor.data = away
 
     def _kept(self) -> Tensor:
         assert self.packed is not None, "pack() comes first"
@@ -82,11 +90,11 @@ class Unit:
 
 def fill_and_attach(unit: Unit, device: torch.device) -> None:
     """Bring one unit to the device in memory of its own, now."""
-    memory = torch.empty(unit.nbytes, dtype=torch.uint8, device=device)
+    memory = _memory(unit.nbytes, device)
     if device.type == "cpu":
         unit.fill(memory)
     else:
-        memory.copy_(unit.on_host(lambda: torch.empty(unit.nbytes, dtype=torch.uint8)))
+        memory.copy_(unit.on_host(lambda: _memory(unit.nbytes)))
     unit.attach(memory)
 
 
@@ -122,7 +130,6 @@ class Ring:
         self._staging: list[tuple[Tensor, Any]] = []  # pinned memory between disk and device, with the copy that reads it
         self._thread: ThreadPoolExecutor | None = None
 
-    @torch.compiler.disable(reason="weights are streamed to the device between the blocks: compile without fullgraph=True")
     def use(self, index: int) -> None:
         """Attach a unit, as soon as it is there, and send for the next ones."""
         slot = self._request(index)
@@ -134,14 +141,12 @@ class Ring:
         for following in range(index + 1, min(index + 1 + self.ahead, len(self.units))):
             self._request(following)
 
-    @torch.compiler.disable
     def done(self, index: int) -> None:
         """Detach a unit that was used; its memory is written to once the computation that is under way has ended."""
         self.units[index].detach(self.device)
         self.attached.discard(index)
         self.slots[index % len(self.slots)].free = self._now()
 
-    @torch.compiler.disable
     def empty(self) -> None:
         """Give all memory on the device back, also after an error in the middle of a pass."""
         for index in list(self.attached):
@@ -163,8 +168,7 @@ class Ring:
         """The slot of a unit, which is in it or on its way."""
         if not self.slots:
             size = max(unit.nbytes for unit in self.units)
-            memory = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(self.ahead + 1)]
-            self.slots = [_Slot(piece, self._now()) for piece in memory]
+            self.slots = [_Slot(_memory(size, self.device), self._now()) for _ in range(self.ahead + 1)]
         slot = self.slots[index % len(self.slots)]
         if slot.unit != index:
             slot.unit = index
@@ -197,7 +201,7 @@ class Ring:
         """One of two pieces of the host's memory, after what was in it has been copied."""
         if not self._staging:
             size, pinned = max(unit.nbytes for unit in self.units), self._stream is not None
-            self._staging = [(torch.empty(size, dtype=torch.uint8, pin_memory=pinned), None) for _ in range(2)]
+            self._staging = [(_memory(size, pinned=pinned), None) for _ in range(2)]
         memory, event = self._staging[index % 2]
         if event is not None:
             event.synchronize()

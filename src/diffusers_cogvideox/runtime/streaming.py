@@ -23,6 +23,9 @@ __all__ = ["SOURCES", "is_streamed", "load_streamed", "stop_streaming", "stream"
 SOURCES = ("memory", "disk")
 HOOK = "cogvideox_streaming"
 
+# Around a block or layer that is compiled; inside, each block's own index would have it compiled anew.
+_outside = torch.compiler.disable(reason="weights are streamed to the device between the blocks: compile without fullgraph=True")
+
 # Methods of a model that would act on stand-ins.
 _REFUSED = (
     "_apply",
@@ -155,7 +158,7 @@ class _Streaming:
             for module in modules:
                 _hook(module, _Alone(unit, self.ring.device))
         self.handles = [
-            self.model.register_forward_hook(lambda *_: self.ring.empty(), always_call=True),
+            self.model.register_forward_hook(_outside(lambda *_: self.ring.empty()), always_call=True),
             self.model.register_state_dict_pre_hook(lambda *_: _refuse(self.model, "state_dict")),
         ]
         for name in filter(lambda name: hasattr(self.model, name), _REFUSED):
@@ -192,6 +195,7 @@ class _InRing(ModelHook):
         super().__init__()
         self.ring, self.index = ring, index
 
+    @_outside
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:  # noqa: ARG002
         """Bring the block's weights."""
         if torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in (*args, *kwargs.values())):
@@ -199,6 +203,7 @@ class _InRing(ModelHook):
         self.ring.use(self.index)
         return args, kwargs
 
+    @_outside
     def post_forward(self, module: nn.Module, output: Any) -> Any:  # noqa: ARG002
         """Let them go."""
         self.ring.done(self.index)
@@ -212,11 +217,13 @@ class _Alone(ModelHook):
         super().__init__()
         self.unit, self.device = unit, device
 
+    @_outside
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:  # noqa: ARG002
         """Bring the layer's weights."""
         fill_and_attach(self.unit, self.device)
         return args, kwargs
 
+    @_outside
     def post_forward(self, module: nn.Module, output: Any) -> Any:  # noqa: ARG002
         """Let them go."""
         self.unit.detach(self.device)
