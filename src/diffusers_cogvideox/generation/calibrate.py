@@ -90,7 +90,8 @@ def measure_schedule(pipe: Any, settings: Settings, prompts: Sequence[str], seed
     whole = passes.total / len(prompts) / settings.num_inference_steps  # of one pass
     sampler = getattr(pipe.scheduler, "algorithm_type", None) or type(pipe.scheduler).__name__
     steps, scale = settings.num_inference_steps, settings.guidance_scale
-    schedule = Schedule(steps=steps, sampler=sampler, guidance_scale=scale, residuals=recorder.residuals())
+    loop: dict[str, Any] = {"steps": steps, "sampler": sampler, "guidance_scale": scale, "use_dynamic_cfg": settings.use_dynamic_cfg}
+    schedule = Schedule(**loop, residuals=recorder.residuals())
     rows: list[Measured] = []
     for name in names:
         for strength in strengths(name, schedule):

@@ -30,6 +30,7 @@ from ..models.tea_cache import TeaCacheConfig
 __all__ = [
     "CACHES",
     "FILE",
+    "MAX_ERROR",
     "Calibration",
     "CalibrationError",
     "Measured",
@@ -44,6 +45,9 @@ __all__ = [
 
 FILE = "calibration.json"
 """Name of a calibration in a model folder."""
+
+MAX_ERROR = 0.05
+"""What a cache may change when nothing is said."""
 
 _SPREADS = 3.0  # standard deviations of the logarithm of the error, between its mean and the predicted bound
 
@@ -92,13 +96,14 @@ class Schedule:
     steps: int
     sampler: str
     guidance_scale: float
+    use_dynamic_cfg: bool = False
     residuals: Residuals
     measured: tuple[Measured, ...] = ()
 
     @property
     def title(self) -> str:
         """The loop in words."""
-        return f"{self.steps} steps of {self.sampler} with guidance_scale={self.guidance_scale:g}"
+        return _title(self.steps, self.sampler, self.guidance_scale, self.use_dynamic_cfg)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,19 +141,24 @@ class Calibration:
         if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-3):
             raise CalibrationError("the calibration was measured with other weights: run `cogvideox calibrate MODEL --overwrite`.")
 
-    def choose(self, cache: str, max_error: float, *, steps: int, sampler: str, guidance_scale: float) -> tuple[Schedule, Measured]:
-        """The cache with the fewest passes whose predicted error is at most `max_error`; `cache` is one of CACHES, or "auto".
+    def choose(
+        self, cache: str, max_error: float | None, *, steps: int, sampler: str, guidance_scale: float, use_dynamic_cfg: bool = False
+    ) -> tuple[Schedule, Measured]:
+        """The cache with the fewest passes whose predicted error is at most `max_error` (None is MAX_ERROR).
+
+        `cache` is one of CACHES, or "auto" for any.
 
         Raises:
             CalibrationError: for a loop that was not measured, and for an error that no cache keeps.
         """
-        wanted = (steps, sampler, guidance_scale)
-        schedule = next((s for s in self.schedules if (s.steps, s.sampler, s.guidance_scale) == wanted), None)
+        max_error = MAX_ERROR if max_error is None else max_error
+        wanted = _title(steps, sampler, guidance_scale, use_dynamic_cfg)
+        schedule = next((known for known in self.schedules if known.title == wanted), None)
         if schedule is None:
             known = "; ".join(known.title for known in self.schedules)
             raise CalibrationError(
-                f"caches were not measured for {steps} steps of {sampler} with guidance_scale={guidance_scale:g}, but for: {known}. "
-                f"Run `cogvideox calibrate MODEL --steps {steps} ...` with those settings, or use these."
+                f"caches were not measured for {wanted}, but for: {known}. Run `cogvideox calibrate MODEL --steps {steps} --overwrite` "
+                "with your settings, or use these."
             )
         rows = [row for row in schedule.measured if cache in ("auto", row.cache)]
         if fitting := [row for row in rows if row.bound <= max_error]:
@@ -158,6 +168,11 @@ class Calibration:
             f"max_error={max_error:g} is not kept by cache={cache!r} with {schedule.title}: the smallest predicted error is {least:.3g}. "
             "Allow that much, or leave the cache out."
         )
+
+
+def _title(steps: int, sampler: str, guidance_scale: float, use_dynamic_cfg: bool) -> str:
+    dynamic = " and use_dynamic_cfg" if use_dynamic_cfg else ""
+    return f"{steps} steps of {sampler} with guidance_scale={guidance_scale:g}{dynamic}"
 
 
 def _read(cls: type, content: Mapping[str, Any], **parts: Callable[[Any], Any]) -> Any:
@@ -230,12 +245,12 @@ def strengths(cache: str, schedule: Schedule) -> list[float]:
     """Strengths worth measuring, from weak to strong: thresholds follow from the residuals."""
     residuals = schedule.residuals
     if cache == "first_block":
-        return _quantiles(residuals.first_block[1:], (0.3, 0.5, 0.7))
+        return _quantiles(residuals.first_block[1:], (0.5, 0.7))
     if cache == "tea":
-        return [round(factor * _quantiles(residuals.changes[1:], (0.5,))[0], 4) for factor in (1.2, 1.7, 2.4)]
+        return [round(factor * _quantiles(residuals.changes[1:], (0.5,))[0], 4) for factor in (1.2, 1.7)]
     if cache == "mag":
-        return [round(factor * _quantiles([abs(1 - ratio) for ratio in residuals.ratios[1:]], (0.5,))[0], 4) for factor in (0.9, 1.2, 3.0)]
-    return [0.08, 0.12, 0.18] if cache == "sea" else [2.0, 3.0]
+        return [round(factor * _quantiles([abs(1 - ratio) for ratio in residuals.ratios[1:]], (0.5,))[0], 4) for factor in (1.2, 2.0)]
+    return {"sea": [0.08, 0.12, 0.18], "taylor": [2.0, 3.0]}.get(cache, [2.0])
 
 
 def _quantiles(values: Sequence[float], shares: Sequence[float]) -> list[float]:
