@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from .units import parse_memory
 
@@ -368,6 +368,8 @@ class CalibrateOptions(SamplingOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         _at_least(1, prompts=self.prompts)
+        if unknown := sorted(set(self.caches) - set(get_args(CacheName))):
+            raise ValueError(f"--caches {unknown[0]} is not possible: expected one of {', '.join(get_args(CacheName))}.")
 
 
 @dataclass(frozen=True)

@@ -149,6 +149,11 @@ def test_on_the_command_line(model, tmp_path, capsys):
     assert "max_error=1e-09 is not kept" in capsys.readouterr().err
 
 
+def test_caches_that_there_are_not(capsys):
+    assert cli.main(["calibrate", "demo", "--caches", "foo"]) == 2
+    assert "--caches foo is not possible: expected one of first_block, mag" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

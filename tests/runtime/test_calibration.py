@@ -65,6 +65,7 @@ def test_the_fewest_passes_within_the_bound(calibration, cache, max_error, chose
     [
         ("auto", 0.005, {}, r"max_error=0.005 is not kept by cache='auto' .* the smallest predicted error is 0\.01"),
         ("tea", 0.03, {}, r"cache='tea' with 4 steps of ddim .* is 0\.04"),
+        ("faster", 0.1, {}, "cache='faster' was not measured with 4 steps"),
         ("auto", 0.1, {"steps": 5}, r"not measured for 5 steps of ddim with guidance_scale=6, but for: 4 steps"),
         ("auto", 0.1, {"sampler": "dpmsolver++"}, "not measured for 4 steps of dpm"),
         ("auto", 0.1, {"guidance_scale": 3.0}, "guidance_scale=3, but for"),
@@ -102,13 +103,14 @@ def test_errors_are_relative_norms():
 
 
 def test_the_bound_of_a_lognormal():
-    """For log-normal errors it is the quantile of 3 standard deviations, exceeded by one video in 741."""
+    """For log-normal errors it is the quantile of 3 standard deviations, or half again the largest; hardly a video exceeds it."""
     errors = torch.exp(-4 + 0.3 * torch.randn(20000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).tolist()
-    found = summarize("sea", 0.1, 12.0, errors[:2000])
-    assert found.bound == pytest.approx(math.exp(-4 + 0.9), rel=0.15)
-    assert sum(error > found.bound for error in errors) / len(errors) < 0.005
-    assert summarize("sea", 0.1, 12.0, [0.01]).bound == pytest.approx(0.01)
-    assert summarize("sea", 0.1, 12.0, [0.01, 0.01, 0.01]).bound == pytest.approx(0.01)
+    found = summarize("sea", 0.1, 12.0, errors[:12])
+    logs = torch.tensor(errors[:12], dtype=torch.float64).log()
+    assert found.bound == pytest.approx(max(math.exp(logs.mean() + 3 * logs.std()), 1.5 * max(errors[:12])), rel=1e-3)
+    assert sum(error > found.bound for error in errors) / len(errors) < 0.02
+    assert summarize("sea", 0.1, 12.0, [0.01]).bound == pytest.approx(0.015)
+    assert summarize("sea", 0.1, 12.0, [0.01, 0.01, 0.01]).bound == pytest.approx(0.015)
 
 
 @pytest.mark.parametrize("cache", CACHES)

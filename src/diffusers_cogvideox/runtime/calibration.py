@@ -49,6 +49,8 @@ FILE = "calibration.json"
 MAX_ERROR = 0.05
 """What a cache may change when nothing is said."""
 
+_MARGIN = 1.5  # of the largest error seen: the tails are heavier than those of a log-normal distribution
+_EARLY = 0.4  # of the steps: there a prompt decides between scenes, and a cache that leaves out steps may change its mind
 _SPREADS = 3.0  # standard deviations of the logarithm of the error, between its mean and the predicted bound
 
 
@@ -86,7 +88,7 @@ class Measured:
     mean: float
     largest: float
     bound: float
-    """Predicted for any video: exp(m + 3 s) with mean m and standard deviation s of log(error), and no less than the largest."""
+    """Predicted for any video: exp(m + 3 s) with mean m and standard deviation s of log(error), and at least 1.5 times the largest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +165,9 @@ class Calibration:
         rows = [row for row in schedule.measured if cache in ("auto", row.cache)]
         if fitting := [row for row in rows if row.bound <= max_error]:
             return schedule, min(fitting, key=lambda row: (row.passes, row.bound))
-        least = min((row.bound for row in rows), default=math.inf)
+        if not rows:
+            raise CalibrationError(f"cache={cache!r} was not measured with {schedule.title}: `cogvideox calibrate MODEL --caches {cache}`.")
+        least = min(row.bound for row in rows)
         raise CalibrationError(
             f"max_error={max_error:g} is not kept by cache={cache!r} with {schedule.title}: the smallest predicted error is {least:.3g}. "
             "Allow that much, or leave the cache out."
@@ -203,7 +207,7 @@ def summarize(cache: str, strength: float, passes: float, errors: Sequence[float
     """The errors of some videos as one row."""
     logs = torch.tensor(errors, dtype=torch.float64).clamp(min=1e-9).log()
     spread = float(logs.std(correction=1)) if len(errors) > 1 else 0.0
-    bound = max(math.exp(float(logs.mean()) + _SPREADS * spread), *errors, 0.0)
+    bound = max(math.exp(float(logs.mean()) + _SPREADS * spread), _MARGIN * max(errors))
     numbers = (sum(errors) / len(errors), max(errors), bound)
     mean, largest, bound = (float(f"{number:.4g}") for number in numbers)
     return Measured(cache=cache, strength=strength, passes=round(passes, 2), mean=mean, largest=largest, bound=bound)
@@ -212,16 +216,26 @@ def summarize(cache: str, strength: float, passes: float, errors: Sequence[float
 # --- the caches ---------------------------------------------------------------------------------------------------------
 
 
+def _early_steps(schedule: Schedule) -> int:
+    return math.ceil(_EARLY * schedule.steps)
+
+
 def _mag(strength: float, schedule: Schedule) -> MagCacheConfig:
-    return MagCacheConfig(threshold=strength, mag_ratios=list(schedule.residuals.ratios), num_inference_steps=schedule.steps)
+    ratios = list(schedule.residuals.ratios)
+    return MagCacheConfig(threshold=strength, retention_ratio=_EARLY, mag_ratios=ratios, num_inference_steps=schedule.steps)
 
 
-def _taylor(strength: float, _: Schedule) -> TaylorSeerCacheConfig:
-    return TaylorSeerCacheConfig(cache_interval=int(strength), use_lite_mode=True, taylor_factors_dtype=torch.float32)
+def _taylor(strength: float, schedule: Schedule) -> TaylorSeerCacheConfig:
+    return TaylorSeerCacheConfig(
+        cache_interval=int(strength),
+        disable_cache_before_step=_early_steps(schedule),
+        use_lite_mode=True,
+        taylor_factors_dtype=torch.float32,
+    )
 
 
 def _tea(strength: float, schedule: Schedule) -> TeaCacheConfig:
-    return TeaCacheConfig(threshold=strength, coefficients=schedule.residuals.coefficients)
+    return TeaCacheConfig(threshold=strength, coefficients=schedule.residuals.coefficients, computed_first=_early_steps(schedule))
 
 
 CACHES: dict[str, Callable[[float, Schedule], Any]] = {
@@ -245,12 +259,12 @@ def strengths(cache: str, schedule: Schedule) -> list[float]:
     """Strengths worth measuring, from weak to strong: thresholds follow from the residuals."""
     residuals = schedule.residuals
     if cache == "first_block":
-        return _quantiles(residuals.first_block[1:], (0.5, 0.7))
+        return _quantiles(residuals.first_block[1:], (0.5,))
     if cache == "tea":
         return [round(factor * _quantiles(residuals.changes[1:], (0.5,))[0], 4) for factor in (1.2, 1.7)]
     if cache == "mag":
-        return [round(factor * _quantiles([abs(1 - ratio) for ratio in residuals.ratios[1:]], (0.5,))[0], 4) for factor in (1.2, 2.0)]
-    return {"sea": [0.08, 0.12, 0.18], "taylor": [2.0, 3.0]}.get(cache, [2.0])
+        return [round(factor * _quantiles([abs(1 - ratio) for ratio in residuals.ratios[1:]], (0.5,))[0], 4) for factor in (1.2,)]
+    return {"sea": [0.08, 0.12], "taylor": [2.0, 3.0, 4.0]}.get(cache, [2.0])
 
 
 def _quantiles(values: Sequence[float], shares: Sequence[float]) -> list[float]:
