@@ -65,7 +65,7 @@ def denoise(
     done = journal.enter(pipe, timesteps, request.generator, tensors) if journal else 0
 
     progress_bar = pipe.progress_bar(total=len(timesteps))
-    with predict.tabulated(timesteps) as tables, watch(pipe) as watched, progress_bar as progress:
+    with watch(pipe) as watched, predict.tabulated(timesteps) as tables, progress_bar as progress:
         progress.update(done)
         for index, value in list(enumerate(timesteps.tolist()))[done:]:
             if pipe.interrupt:

@@ -13,6 +13,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from transformers import T5EncoderModel
 
 from ..models.transformer import CogVideoXTransformer3DModel
+from ..runtime.effects import summary
 from ..runtime.memory.available import free_ram, free_vram
 from ..runtime.memory.facts import ModelFacts
 from ..runtime.memory.fitted import Budget, Fitted
@@ -92,7 +93,9 @@ class FittingMixin(DiffusionPipeline):
 
         Frames that are decoded while they are read count as they come. `print(report)` shows it, `report.to_json()` gives JSON values.
         """
-        return Report(plan=self.memory_plan, active=tuple(active_measures(self)), stages=dict(self._usage.stages) if self._usage else {})
+        counted = (f"{finding.name} (acted {finding.hits} times)" for finding in summary(self) if finding.hits)
+        active = (*active_measures(self), *counted)
+        return Report(plan=self.memory_plan, active=active, stages=dict(self._usage.stages) if self._usage else {})
 
     def take_over_fit(self, other: "FittingMixin") -> None:
         """Go on with the memory plan of another pipeline over the same models."""
