@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from ..data.captions import canonical
 from ..data.moving_shapes import all_scenes, split
 from ..files import check_writable
+from ..models.tea_cache import timestep_embedding
 from ..options import CalibrateOptions
 from ..runtime.calibration import (
     CACHES,
@@ -200,11 +201,10 @@ class _Recorder:
         """Record while the block runs."""
         blocks, now = self._transformer.transformer_blocks, self._now
         handles = [
-            self._transformer.time_embedding.register_forward_hook(lambda _m, _a, out: now.update(embedding=out[:1].float())),
             blocks[0].register_forward_pre_hook(lambda _m, _a, kwargs: now.update(tokens=kwargs["hidden_states"]), with_kwargs=True),
             blocks[0].register_forward_hook(lambda _m, _a, out: now.update(first=(out[0] - now["tokens"]).float())),
             blocks[-1].register_forward_hook(lambda _m, _a, out: now.update(residual=(out[0] - now.pop("tokens")).float())),
-            self._transformer.register_forward_hook(lambda *_: self._compare()),
+            self._transformer.register_forward_hook(lambda _m, _a, kwargs, _o: self._compare(kwargs["timestep"][:1]), with_kwargs=True),
         ]
         try:
             yield
@@ -212,8 +212,9 @@ class _Recorder:
             for handle in handles:
                 handle.remove()
 
-    def _compare(self) -> None:
-        now, before = dict(self._now), self._before
+    def _compare(self, timestep: Tensor) -> None:
+        embedding = timestep_embedding(self._transformer, timestep)
+        now, before = {**self._now, "embedding": embedding}, self._before
         row = {"ratios": 1.0, "changes": 0.0, "first_block": 0.0, "embeddings": 0.0}
         if before:
             ratios = now["residual"].norm(dim=-1) / before["residual"].norm(dim=-1).clamp(min=1e-8)
