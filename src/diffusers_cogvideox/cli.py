@@ -24,8 +24,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
+from .generation.calibrate_options import CalibrateOptions
 from .generation.plan_options import PlanOptions
-from .options import CalibrateOptions, ConvertOptions, DecodeOptions, EvaluateOptions, GenerateOptions, InfoOptions, MistakesError
+from .options import ConvertOptions, DecodeOptions, EvaluateOptions, GenerateOptions, InfoOptions, MistakesError
 from .training.config import TrainConfig
 
 __all__ = ["VERBS", "Verb", "main", "parser_for"]

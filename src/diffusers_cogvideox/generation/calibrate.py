@@ -18,7 +18,6 @@ from ..data.captions import canonical
 from ..data.moving_shapes import all_scenes, split
 from ..files import check_writable
 from ..models.tea_cache import timestep_embedding
-from ..options import CalibrateOptions
 from ..runtime.calibration import (
     CACHES,
     FILE,
@@ -34,6 +33,7 @@ from ..runtime.calibration import (
     weights_signature,
 )
 from ..runtime.effects import NoEffectError
+from .calibrate_options import CalibrateOptions
 from .model_folder import ModelFolder
 from .settings import Settings, choose_settings, load_pipeline
 

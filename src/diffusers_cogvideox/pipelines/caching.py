@@ -65,12 +65,12 @@ def find_calibration(pipe: Any) -> Calibration:
     """
     calibration = pipe.calibration
     if calibration is None:
-        origin = Path(getattr(pipe.transformer.config, "_name_or_path", None) or "")
-        path = next((folder / FILE for folder in (origin.parent, origin) if (folder / FILE).is_file()), None)
-        if path is None:
+        origin = getattr(pipe.transformer.config, "_name_or_path", None)  # the folder of the transformer, inside that of the pipeline
+        path = Path(origin).parent / FILE if origin else None
+        if path is None or not path.is_file():
             raise CalibrationError(
-                f"cache='auto' needs a calibration, and there is no {FILE} in the model's folder {origin.parent}: run `cogvideox calibrate "
-                "MODEL`, or set pipe.calibration."
+                f"cache='auto' needs a calibration, and there is no {path or FILE} of this model: run `cogvideox calibrate MODEL`, or set "
+                "pipe.calibration = Calibration.load(path)."
             )
         calibration = Calibration.load(path)
     calibration.check_weights(pipe.transformer)
@@ -88,6 +88,8 @@ def with_cache(pipe: Any, request: Any, steps: int, run: Callable[..., Tensor]) 
         return run()
     if getattr(pipe.transformer, "is_cache_enabled", False):
         raise ValueError("cache=... chooses a cache for this call, and one is on already: call pipe.transformer.disable_cache() first.")
+    if request.measure_error and request.generator is None:
+        raise ValueError("measure_error=True makes the video twice from the same noise: pass a generator.")
     report = _chosen(pipe, request, steps)
     states = [generator.get_state() for generator in _sources(request.generator)]
     with _enabled(pipe.transformer, report.config):
@@ -106,6 +108,8 @@ def with_cache(pipe: Any, request: Any, steps: int, run: Callable[..., Tensor]) 
 def _chosen(pipe: Any, request: Any, steps: int) -> CacheReport:
     if not isinstance(request.cache, str):
         return CacheReport(config=request.cache, name=type(request.cache).__name__, steps=steps)
+    if request.use_dynamic_cfg == "progress":
+        raise CalibrationError("caches were not measured with use_dynamic_cfg='progress': use True or False, or pass a config.")
     scheduler = pipe.scheduler
     sampler = getattr(scheduler, "algorithm_type", None) or type(scheduler).__name__
     calibration = find_calibration(pipe)
