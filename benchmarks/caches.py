@@ -1,7 +1,7 @@
 """What speeds the shipped model's transformer up, and what that costs: feature caches, fewer steps, guidance in a part of the loop.
 
     cogvideox calibrate demo --prompts 24 --overwrite     # first: the caches' settings come from there
-    python benchmarks/caches.py [--prompts 48]            # every row of the table
+    python benchmarks/caches.py [--prompts 48] [--rows "8 steps" ...]    # every row of the table, or some
     python benchmarks/caches.py --bound [--prompts 50]    # whether cache="auto" keeps max_error
 
 The first writes results/caches.json and .png: for every row the passes that were computed (a pass of both halves of the guidance counts
@@ -100,9 +100,10 @@ class Tally:
         }
 
 
-def compare(pipe: CogVideoXPipeline, prompts: Sequence[ShapesPrompt], call: dict[str, Any], path: Path) -> dict[str, Any]:
+def compare(
+    pipe: CogVideoXPipeline, prompts: Sequence[ShapesPrompt], call: dict[str, Any], rows: Sequence[Row], path: Path
+) -> dict[str, Any]:
     """The table, batch by batch, so that all rows see the same noise of the machine; it is written after each."""
-    rows = rows_of(pipe)
     tallies = {name: Tally() for name, _, _ in [(REFERENCE, None, {}), *rows]}
     for first in range(0, len(prompts), BATCH):
         part = prompts[first : first + BATCH]
@@ -180,6 +181,7 @@ def main() -> None:
     parser.add_argument("--bound", action="store_true")
     parser.add_argument("--first", type=int, default=50, help="with --bound: the first of the held-out prompts")
     parser.add_argument("--max-error", type=float, nargs="+", default=[0.05])
+    parser.add_argument("--rows", nargs="+", help="only these rows")
     parser.add_argument("--output")
     options = parser.parse_args()
     pipe = CogVideoXPipeline.from_pretrained(demo_model(), dtype=torch.float32)
@@ -197,7 +199,8 @@ def main() -> None:
         return
     prompts = held_out_prompts(options.prompts or 48)
     path = Path(options.output or RESULTS / "caches.json")
-    table = compare(pipe, prompts, call, path)
+    rows = [row for row in rows_of(pipe) if options.rows is None or row[0] in options.rows]
+    table = compare(pipe, prompts, call, rows, path)
     best = front(table)
     plot(table, best, path.with_suffix(".png"))
     for name, row in table.items():
