@@ -1,5 +1,12 @@
 """What tests run on several ranks (see ranks.py); every rank calls the function."""
 
+import io
+import os
+import runpy
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
 import pytest
@@ -10,10 +17,13 @@ from diffusers.hooks import tensor_parallel as tensor_parallel_hooks
 from torch import distributed as dist
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from diffusers_cogvideox import CogVideoXPipeline
+from diffusers_cogvideox import CogVideoXPipeline, cli
+from diffusers_cogvideox.generation import generate
 from diffusers_cogvideox.models.autoencoder import AutoencoderKLCogVideoX
 from diffusers_cogvideox.models.collectives import Group, add_up, exchange, gather, shares
 from diffusers_cogvideox.models.vae_memory import Saving
+from diffusers_cogvideox.runtime import launch
+from diffusers_cogvideox.runtime.launch import Launch
 from diffusers_cogvideox.runtime.parallel import share_work
 from parity import TINY_VAE, randomize
 from tiny_pipeline import call
@@ -265,3 +275,55 @@ def batches() -> None:
         total = add_up(model.proj_out.weight.grad, group) / (1 if batch >= group.size else group.size)
         close(total / gradient.abs().max(), gradient / gradient.abs().max())
         model.zero_grad()
+
+
+def lost(folder: str, way: str) -> None:
+    """The second rank dies, or does not come, in the middle of a video."""
+    pipe = CogVideoXPipeline.from_pretrained(folder)
+    share_work(pipe, "ulysses")
+
+    def leave(*_: Any) -> dict[str, Any]:
+        if dist.get_rank() == 1:
+            os._exit(3) if way == "dies" else time.sleep(15)
+        return {}
+
+    call(pipe, callback_on_step_end=leave)
+
+
+def agreement() -> None:
+    """All have what the first one makes; where that fails, the others end."""
+    ranks = Launch(dist.get_rank(), dist.get_world_size())
+    assert ranks.agreed(lambda: {"from": ranks.rank}) == {"from": 0}
+
+    def fail() -> None:
+        raise ValueError("of the first")
+
+    ranks.agreed(fail)
+
+
+@contextmanager
+def joined(*_: Any) -> Iterator[Launch]:
+    """In the place of `together`: the ranks are there already."""
+    yield Launch(dist.get_rank(), dist.get_world_size())
+
+
+def command_line(arguments: list[str]) -> tuple[int, str, str]:
+    """Exit status of the command, and what it says on stderr and stdout."""
+    generate.together = joined
+    said, printed = io.StringIO(), io.StringIO()
+    with redirect_stderr(said), redirect_stdout(printed):
+        try:
+            status = cli.main(arguments)
+        except SystemExit as end:
+            status = end.code
+    return status, said.getvalue(), printed.getvalue()
+
+
+def script(path: str, *arguments: str) -> str:
+    """What a script prints."""
+    launch.together = joined
+    sys.argv = [path, *arguments]
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        runpy.run_path(path, run_name="__main__")
+    return printed.getvalue()
