@@ -14,11 +14,13 @@ import torch
 from diffusers import ContextParallelConfig, FirstBlockCacheConfig, TensorParallelConfig
 from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.hooks import tensor_parallel as tensor_parallel_hooks
+from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from torch import distributed as dist
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from diffusers_cogvideox import CogVideoXPipeline, cli
 from diffusers_cogvideox.generation import generate
+from diffusers_cogvideox.models import collectives
 from diffusers_cogvideox.models.autoencoder import AutoencoderKLCogVideoX
 from diffusers_cogvideox.models.collectives import Group, add_up, exchange, gather, shares
 from diffusers_cogvideox.models.vae_memory import Saving
@@ -36,7 +38,7 @@ def close(actual: torch.Tensor, expected: torch.Tensor, atol: float = 1e-5) -> N
     torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
 
 
-def collectives() -> None:
+def unequal_parts() -> None:
     """Unequal parts arrive where they should, and so do their gradients."""
     group = Group.of(dist.group.WORLD)
     rank, size = group.rank, group.size
@@ -122,6 +124,34 @@ def compiled(degrees: dict[str, int]) -> None:
         for _ in range(2):
             close(model(**kwargs)[0], expected)
     assert counted.frame_count == 1
+
+
+def stock() -> None:
+    """What diffusers' own model does on two ranks: it has no plan, needs an accelerator, and with a plan computes something else."""
+    ours, model = tiny_twins("5b")
+    kwargs = inputs(model, text=8)
+    config = ContextParallelConfig(ulysses_degree=2, ulysses_anything=True)
+    if not torch.accelerator.is_available():
+        with pytest.raises(ZeroDivisionError):
+            model.enable_parallelism(config=config)
+    type(model)._resolve_parallel_config = type(ours)._resolve_parallel_config  # as if there were one
+    with pytest.raises(ValueError, match="cp_plan"):
+        model.enable_parallelism(config=config)
+    model._parallel_config = None
+    with pytest.raises(ValueError, match="_tp_plan"):
+        model.enable_parallelism(config=TensorParallelConfig(tp_degree=2))
+    tokens, table = ContextParallelInput(split_dim=1), ContextParallelInput(split_dim=0)
+    plan = {
+        "transformer_blocks.0": {"hidden_states": tokens, "encoder_hidden_states": tokens},
+        "transformer_blocks.*": {"image_rotary_emb": [table, table]},
+        "proj_out": ContextParallelOutput(gather_dim=1),
+    }
+    with torch.no_grad():
+        expected = model(**kwargs)[0]
+        model.enable_parallelism(config=config, cp_plan=plan)
+        assert (model(**kwargs)[0] - expected).abs().max() > 1e-2
+        ours.enable_parallelism(config=config)
+        close(ours(**kwargs)[0], expected, 2e-5)
 
 
 def refusals() -> None:
@@ -307,16 +337,19 @@ def joined(*_: Any) -> Iterator[Launch]:
     yield Launch(dist.get_rank(), dist.get_world_size())
 
 
-def command_line(arguments: list[str]) -> tuple[int, str, str]:
-    """Exit status of the command, and what it says on stderr and stdout."""
+def command_lines(several: list[list[str]]) -> list[tuple[int, str, str]]:
+    """Exit status of each command, and what it says on stderr and stdout."""
     generate.together = joined
-    said, printed = io.StringIO(), io.StringIO()
-    with redirect_stderr(said), redirect_stdout(printed):
-        try:
-            status = cli.main(arguments)
-        except SystemExit as end:
-            status = end.code
-    return status, said.getvalue(), printed.getvalue()
+    outcomes = []
+    for arguments in several:
+        said, printed = io.StringIO(), io.StringIO()
+        with redirect_stderr(said), redirect_stdout(printed):
+            try:
+                status = cli.main(arguments)
+            except SystemExit as end:
+                status = end.code
+        outcomes.append((status, said.getvalue(), printed.getvalue()))
+    return outcomes
 
 
 def script(path: str, *arguments: str) -> str:
@@ -327,3 +360,34 @@ def script(path: str, *arguments: str) -> str:
     with redirect_stdout(printed):
         runpy.run_path(path, run_name="__main__")
     return printed.getvalue()
+
+
+def received(way: str, sizes: dict[str, int]) -> int:
+    """Numbers that this rank receives in a forward pass; a sum over ranks is received in parts, and its parts again."""
+    group, found = Group.of(dist.group.WORLD), []
+    exchange_all, gather_all, add_all = (getattr(collectives, name) for name in ("_exchanged", "_gathered", "_sum"))
+
+    def exchanged(x: torch.Tensor, split: Any, join: Any, group: Group) -> torch.Tensor:
+        result = exchange_all(x, split, join, group)
+        found.append(result.numel() * (1 - join[1][group.rank] / sum(join[1])))
+        return result
+
+    def gathered(x: torch.Tensor, dim: int, parts: Any, group: Group) -> torch.Tensor:
+        found.append(x.numel() * (sum(parts) / parts[group.rank] - 1))
+        return gather_all(x, dim, parts, group)
+
+    def added(x: torch.Tensor, group: Group) -> torch.Tensor:
+        found.append(2 * x.numel() * (group.size - 1) / group.size)
+        return add_all(x, group)
+
+    collectives._exchanged, collectives._gathered, collectives._sum = exchanged, gathered, added
+    model, _ = tiny_twins("5b", num_attention_heads=4)
+    if way == "tensor":
+        model.enable_parallelism(config=TensorParallelConfig(tp_degree=group.size))
+    elif way == "halves":
+        model.enable_batch_parallelism()
+    else:
+        model.enable_parallelism(config=ContextParallelConfig(**{f"{way}_degree": group.size}))
+    with torch.no_grad():
+        model(**inputs(model, **sizes))
+    return round(sum(found))

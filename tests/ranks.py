@@ -10,7 +10,19 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 START = multiprocessing.get_context("forkserver")
-START.set_forkserver_preload(["diffusers_cogvideox", "peft", "torch._dynamo"])  # as much as can be found without the path of the tests
+# As much as can be found without the path of the tests.
+START.set_forkserver_preload(
+    [
+        "diffusers_cogvideox.cli",
+        "diffusers_cogvideox.generation.generate",
+        "peft",
+        "torch._dynamo",
+        "torch.distributed.tensor.parallel",
+        "transformers.models.t5.modeling_t5",
+        "diffusers.guiders",
+        "sentencepiece",
+    ]
+)
 
 
 def run(count: int, check: Callable[..., Any], *arguments: Any, timeout: float = 100) -> list[Any]:

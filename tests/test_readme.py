@@ -60,7 +60,7 @@ def test_batches_are_understood(tmp_path):
     assert (tmp_path / "0.jsonl").exists()
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/convert.md", "docs/differences.md"])
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/convert.md", "docs/differences.md", "docs/parallel.md"])
 def test_links_and_targets_exist(document):
     text = (ROOT / document).read_text(encoding="utf-8")
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if not link.startswith("http")]

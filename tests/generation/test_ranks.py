@@ -43,15 +43,15 @@ def test_generate_on_two_processes(folders, tmp_path, capsys):
 def test_mistakes_are_told_once(folders, tmp_path):
     """And before weights are loaded, or by all."""
     common = ["generate", "x", "--model", str(folders()), *SMALL, "--output", str(tmp_path)]
-    for flags, status, message, silent in (
-        (["--steps", "0"], 2, "--steps 0 is not possible", False),
-        (["--frames", "9000"], 2, "9000", True),
-        (["--checkpoint-every", "2"], 2, "not possible with several processes", True),
-        (["--parallel", "cfg", "--guidance-scale", "1"], 2, "without guidance there is only one half", False),
-    ):
-        first, second = ranks.run(2, rank_checks.command_line, [*common, *flags])
-        assert first[0] == second[0] == status
-        assert message in first[1] and bool(second[1]) != silent
+    mistakes = [
+        (["--steps", "0"], "--steps 0 is not possible", False),
+        (["--frames", "9000"], "9000", True),
+        (["--checkpoint-every", "2"], "not possible with several processes", True),
+        (["--parallel", "cfg", "--guidance-scale", "1"], "without guidance there is only one half", False),
+    ]
+    first, second = ranks.run(2, rank_checks.command_lines, [[*common, *flags] for flags, _, _ in mistakes])
+    for (_, message, silent), (status, said, _), (other, said_too, _) in zip(mistakes, first, second, strict=True):
+        assert (status, other) == (2, 2) and message in said and bool(said_too) != silent
     assert not list(tmp_path.iterdir())
 
 
@@ -59,11 +59,11 @@ def test_several_videos_and_the_example(folders, tmp_path):
     """What is there is left alone, by all; the example says what each rank does."""
     (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
     command = ["generate", str(tmp_path / "prompts.txt"), "--model", str(folders()), *SMALL, "--output", str(tmp_path / "made")]
-    for parallel in ("ring", "tensor"):
-        first, second = ranks.run(2, rank_checks.command_line, [*command, "--parallel", parallel])
-        assert (first[0], second[0]) == (0, 0) and len(first[2].split()) == 2 and not second[2]
-        assert len(list((tmp_path / "made").glob("*.mp4"))) == 2
-    assert "is there already" in first[1]
+    first, second = ranks.run(2, rank_checks.command_lines, [[*command, "--parallel", way] for way in ("ring", "tensor")])
+    for (status, _, printed), (other, _, nothing) in zip(first, second, strict=True):
+        assert (status, other) == (0, 0) and len(printed.split()) == 2 and not nothing
+    assert "rank 1 of 2: tokens 2 of 2 (ring)" in first[0][1] and first[1][1].count("is there already") == 2
+    assert len(list((tmp_path / "made").glob("*.mp4"))) == 2
     example = Path(__file__).parents[2] / "examples" / "several_gpus.py"
     first, second = ranks.run(2, rank_checks.script, str(example), str(folders()), str(tmp_path / "example.mp4"))
     assert (tmp_path / "example.mp4").is_file() and "rank 1 of 2: the half with the prompt" in second
