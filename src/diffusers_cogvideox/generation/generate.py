@@ -69,8 +69,9 @@ def _is_finished(job: Job, options: GenerateOptions) -> bool:
 def _make_all(jobs: Sequence[Job], options: GenerateOptions, launch: Launch) -> None:
     """Make videos with one model. Raises as `generate`; the error of a single video, and of one of several processes, as it is."""
     clock = Clock()
-    pipe = load_pipeline(jobs[0].settings, {"vram": options.vram, "ram": options.ram})
-    logger.info(in_short(pipe.memory_plan))
+    pipe = load_pipeline(jobs[0].settings, {"vram": options.vram, "ram": options.ram} if launch.alone else None)
+    if pipe.memory_plan:
+        logger.info(in_short(pipe.memory_plan))
     shared = share_launch(pipe, jobs, options, launch)
     if options.tiling:
         pipe.vae.enable_tiling()

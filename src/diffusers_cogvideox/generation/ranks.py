@@ -27,6 +27,8 @@ def check_launch(options: GenerateOptions, jobs: Sequence[Job], launch: Launch) 
         )
     if launch.alone:
         return
+    if options.vram or options.ram:
+        raise ValueError("--vram and --ram are for one process: of several, each has the whole pipeline on its device. Leave them out.")
     if options.checkpoint_every:
         raise ValueError(f"--checkpoint-every {options.checkpoint_every} is not possible with several processes: leave it out.")
     for job in jobs:
