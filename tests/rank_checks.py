@@ -279,6 +279,7 @@ def halves_and_guiders(folder: str) -> None:
     pipe = CogVideoXPipeline.from_pretrained(folder)
     expected = call(pipe, sequential_guidance=True, guidance_interval=(0.0, 0.5))
     share_work(pipe, "cfg")
+    pipe.fit(ram="2GB")
     close(call(pipe, sequential_guidance=True, guidance_interval=(0.0, 0.5)), expected, VIDEO)
     with pytest.raises(ValueError, match="disable_batch_parallelism"):
         call(pipe, guider=ClassifierFreeGuidance(), guidance_scale=None)
