@@ -25,8 +25,7 @@ OPTIONS = {
     "generate": {"prompt", "--model", "--output", "--negative-prompt", "--num-videos", "--size", "--frames", "--fps"}
     | {"--lora", "--lora-alpha", "--vram", "--ram", "--cache", "--max-error"}
     | {"--image", "--last-image", "--video", "--strength", "--mask", "--control", "--extend", "--fit"}
-    | {"--cache", "--max-error", "--ram", "--vram"}
-    | {"--checkpoint-every", "--preview", "--no-preview", "--save-latents", "--no-save-latents", "--tiling", "--no-tiling"}
+    | {"--checkpoint-every", "--parallel", "--preview", "--no-preview", "--save-latents", "--no-save-latents", "--tiling", "--no-tiling"}
     | SAMPLING,
     "decode": {"latents", "--model", "--output", "--layout", "--fps", "--dtype", "--device", "--tiling", "--no-tiling"}
     | {"--overwrite", "--no-overwrite"},

@@ -327,5 +327,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         lines = error.lines if isinstance(error, MistakesError) else [str(error)]
         sys.stderr.write(f"cogvideox {given.verb}: error: " + "\n  ".join(" ".join(line.split()) for line in lines) + "\n")
         return 2
-    sys.stdout.write(f"{text}\n")
+    if text:  # of several processes, the first one speaks
+        sys.stdout.write(f"{text}\n")
     return 0

@@ -30,6 +30,7 @@ __all__ = [
     "Layout",
     "MemoryOptions",
     "MistakesError",
+    "Parallel",
     "Precision",
     "Sampler",
     "SamplingOptions",
@@ -45,6 +46,7 @@ DEMO_IMAGE = "demo-i2v"
 
 Sampler = Literal["ddim", "dpm"]
 Precision = Literal["float32", "bfloat16", "float16"]
+Parallel = Literal["auto", "cfg", "ulysses", "ring", "tensor"]
 Fit = Literal["cover", "contain", "stretch"]
 Layout = Literal["pipeline", "vae"]
 CacheName = Literal["first_block", "mag", "tea", "sea", "taylor", "broadcast", "faster"]
@@ -240,6 +242,9 @@ class GenerateOptions(DecodingOptions, MemoryOptions, InputOptions, SamplingOpti
     """How far a cache may move the final latents, relative to them (default: 0.05)."""
     preview: bool = False
     """Show the video in the making in VIDEO.preview.png, ten times on the way: its latents, mapped linearly to colours."""
+    parallel: Parallel | None = None
+    """How processes that `torchrun --nproc_per_node N -m diffusers_cogvideox generate ...` starts share each video: cfg (one half of
+    guidance each, and tokens), ulysses or ring (tokens), tensor (weights), or auto: what fits (default: auto)."""
     save_latents: bool = False
     """Keep what the video is decoded from in VIDEO.latents.safetensors, for `cogvideox decode`; when decoding fails, that is done
     anyway."""

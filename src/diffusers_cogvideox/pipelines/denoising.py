@@ -15,7 +15,7 @@ from ..models.modulation import ModulationTables, tabulated
 from ..models.rope import Rotary, rope_for
 from ..runtime.effects import watch
 from ..runtime.health import run_checked
-from ..runtime.parallel import check_same_start
+from ..runtime.parallel import check_same_start, shares_batches
 from .conditioning import Condition
 from .guidance import dynamic_rule, guidance_at, guide, guide_away, steps_inside
 from .guiders import BaseGuidance, steer
@@ -123,12 +123,7 @@ class Predictor:
             options["ofs"] = latents.new_full((1,), condition.ofs)
         if skip is not None:
             skip.check(transformer)
-        halves_shared = getattr(transformer, "batch_group", None) is not None
-        if request.guider is not None and halves_shared:
-            raise ValueError(
-                "A guider makes its predictions one after the other, which leaves ranks that share a batch nothing to share: call "
-                "pipe.transformer.disable_batch_parallelism() and share tokens (enable_parallelism), or leave the guider out."
-            )
+        halves_shared = shares_batches(transformer, len(latents) * (2 if request.guided else 1), guider=request.guider is not None)
         seen = windows.length if windows else frames
         return cls(
             transformer=transformer,
