@@ -320,6 +320,8 @@ def test_a_model_without_blocks_is_refused(tmp_path):
 def test_files_that_are_missing_or_cut_off_are_refused(saved, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no .safetensors file in .*: give the folder of one model"):
         stored_tensors(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"there is no config.json in .*: give the folder of one model"):
+        load_streamed(CogVideoXTransformer3DModel, tmp_path, "cpu")
     whole = min(Path(saved["5b-i2v"]).glob("*.safetensors")).read_bytes()
     length = int.from_bytes(whole[:8], "little")
     for content in (b"", whole[:7], whole[:100], whole[:-1], b"<html>" * 99, whole[:8] + b"[" + whole[9:], whole[: 8 + length]):

@@ -61,8 +61,7 @@ def denoise(
     journal = request.journal
     done = journal.enter(pipe, timesteps, request.generator, tensors) if journal else 0
 
-    progress_bar = pipe.progress_bar(total=len(timesteps))
-    with watch(pipe) as watched, predict.tabulated(timesteps) as tables, progress_bar as progress:
+    with watch(pipe) as watched, predict.tabulated(timesteps) as tables, pipe.progress_bar(total=len(timesteps)) as progress:
         progress.update(done)
         for index, value in list(enumerate(timesteps.tolist()))[done:]:
             if pipe.interrupt:
@@ -70,9 +69,8 @@ def denoise(
             pipe._current_timestep = timestep = timesteps[index]
             place: dict[str, Any] = {"step_index": index, "num_inference_steps": len(timesteps), "timestep": value}
             place["sigma"] = flow_level(pipe.scheduler, value)
-            scale = None
-            if pipe.do_classifier_free_guidance and index in guided:
-                scale = guidance_at(rule, pipe.guidance_scale, index=index, timestep=value, steps=len(timesteps))
+            rest = {"index": index, "timestep": value, "steps": len(timesteps)}
+            scale = guidance_at(rule, pipe.guidance_scale, **rest) if pipe.do_classifier_free_guidance and index in guided else None
             latents = condition.hold(tensors["latents"], timestep)
             prediction = predict(pipe.scheduler.scale_model_input(latents, timestep), tensors["prompt_embeds"], timestep, scale, place)
             tensors["latents"] = step(prediction, timestep, latents).to(latents.dtype)

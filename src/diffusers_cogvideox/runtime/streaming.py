@@ -116,6 +116,8 @@ def load_streamed(cls: Any, directory: str | Path, device: torch.device | str, *
     Raises:
         ValueError, FileNotFoundError, OSError: as `stream`.
     """
+    if not (Path(directory) / "config.json").is_file():
+        raise FileNotFoundError(f"there is no config.json in {directory}: give the folder of one model, such as MODEL/transformer.")
     with torch.device("meta"):
         config = cls.load_config(directory) if hasattr(cls, "load_config") else cls.config_class.from_pretrained(directory)
         model = cls.from_config(config) if hasattr(cls, "load_config") else cls(config)
