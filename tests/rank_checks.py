@@ -1,5 +1,12 @@
 """What tests run on several ranks (see ranks.py); every rank calls the function."""
 
+import io
+import os
+import runpy
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
 import pytest
@@ -7,13 +14,18 @@ import torch
 from diffusers import ContextParallelConfig, FirstBlockCacheConfig, TensorParallelConfig
 from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.hooks import tensor_parallel as tensor_parallel_hooks
+from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from torch import distributed as dist
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from diffusers_cogvideox import CogVideoXPipeline
+from diffusers_cogvideox import CogVideoXPipeline, cli
+from diffusers_cogvideox.generation import generate
+from diffusers_cogvideox.models import collectives
 from diffusers_cogvideox.models.autoencoder import AutoencoderKLCogVideoX
 from diffusers_cogvideox.models.collectives import Group, add_up, exchange, gather, shares
 from diffusers_cogvideox.models.vae_memory import Saving
+from diffusers_cogvideox.runtime import launch
+from diffusers_cogvideox.runtime.launch import Launch
 from diffusers_cogvideox.runtime.parallel import share_work
 from parity import TINY_VAE, randomize
 from tiny_pipeline import call
@@ -26,7 +38,7 @@ def close(actual: torch.Tensor, expected: torch.Tensor, atol: float = 1e-5) -> N
     torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
 
 
-def collectives() -> None:
+def unequal_parts() -> None:
     """Unequal parts arrive where they should, and so do their gradients."""
     group = Group.of(dist.group.WORLD)
     rank, size = group.rank, group.size
@@ -112,6 +124,34 @@ def compiled(degrees: dict[str, int]) -> None:
         for _ in range(2):
             close(model(**kwargs)[0], expected)
     assert counted.frame_count == 1
+
+
+def stock() -> None:
+    """What diffusers' own model does on two ranks: it has no plan, needs an accelerator, and with a plan computes something else."""
+    ours, model = tiny_twins("5b")
+    kwargs = inputs(model, text=8)
+    config = ContextParallelConfig(ulysses_degree=2, ulysses_anything=True)
+    if not torch.accelerator.is_available():
+        with pytest.raises(ZeroDivisionError):
+            model.enable_parallelism(config=config)
+    type(model)._resolve_parallel_config = type(ours)._resolve_parallel_config  # as if there were one
+    with pytest.raises(ValueError, match="cp_plan"):
+        model.enable_parallelism(config=config)
+    model._parallel_config = None
+    with pytest.raises(ValueError, match="_tp_plan"):
+        model.enable_parallelism(config=TensorParallelConfig(tp_degree=2))
+    tokens, table = ContextParallelInput(split_dim=1), ContextParallelInput(split_dim=0)
+    plan = {
+        "transformer_blocks.0": {"hidden_states": tokens, "encoder_hidden_states": tokens},
+        "transformer_blocks.*": {"image_rotary_emb": [table, table]},
+        "proj_out": ContextParallelOutput(gather_dim=1),
+    }
+    with torch.no_grad():
+        expected = model(**kwargs)[0]
+        model.enable_parallelism(config=config, cp_plan=plan)
+        assert (model(**kwargs)[0] - expected).abs().max() > 1e-2
+        ours.enable_parallelism(config=config)
+        close(ours(**kwargs)[0], expected, 2e-5)
 
 
 def refusals() -> None:
@@ -239,6 +279,7 @@ def halves_and_guiders(folder: str) -> None:
     pipe = CogVideoXPipeline.from_pretrained(folder)
     expected = call(pipe, sequential_guidance=True, guidance_interval=(0.0, 0.5))
     share_work(pipe, "cfg")
+    pipe.fit(ram="2GB")
     close(call(pipe, sequential_guidance=True, guidance_interval=(0.0, 0.5)), expected, VIDEO)
     with pytest.raises(ValueError, match="disable_batch_parallelism"):
         call(pipe, guider=ClassifierFreeGuidance(), guidance_scale=None)
@@ -265,3 +306,89 @@ def batches() -> None:
         total = add_up(model.proj_out.weight.grad, group) / (1 if batch >= group.size else group.size)
         close(total / gradient.abs().max(), gradient / gradient.abs().max())
         model.zero_grad()
+
+
+def lost(folder: str, way: str) -> None:
+    """The second rank dies, or does not come, in the middle of a video."""
+    pipe = CogVideoXPipeline.from_pretrained(folder)
+    share_work(pipe, "ulysses")
+
+    def leave(*_: Any) -> dict[str, Any]:
+        if dist.get_rank() == 1:
+            os._exit(3) if way == "dies" else time.sleep(15)
+        return {}
+
+    call(pipe, callback_on_step_end=leave)
+
+
+def agreement() -> None:
+    """All have what the first one makes; where that fails, the others end."""
+    ranks = Launch(dist.get_rank(), dist.get_world_size())
+    assert ranks.agreed(lambda: {"from": ranks.rank}) == {"from": 0}
+
+    def fail() -> None:
+        raise ValueError("of the first")
+
+    ranks.agreed(fail)
+
+
+@contextmanager
+def joined(*_: Any) -> Iterator[Launch]:
+    """In the place of `together`: the ranks are there already."""
+    yield Launch(dist.get_rank(), dist.get_world_size())
+
+
+def command_lines(several: list[list[str]]) -> list[tuple[int, str, str]]:
+    """Exit status of each command, and what it says on stderr and stdout."""
+    generate.together = joined
+    outcomes = []
+    for arguments in several:
+        said, printed = io.StringIO(), io.StringIO()
+        with redirect_stderr(said), redirect_stdout(printed):
+            try:
+                status = cli.main(arguments)
+            except SystemExit as end:
+                status = end.code
+        outcomes.append((status, said.getvalue(), printed.getvalue()))
+    return outcomes
+
+
+def script(path: str, *arguments: str) -> str:
+    """What a script prints."""
+    launch.together = joined
+    sys.argv = [path, *arguments]
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        runpy.run_path(path, run_name="__main__")
+    return printed.getvalue()
+
+
+def received(way: str, sizes: dict[str, int]) -> int:
+    """Numbers that this rank receives in a forward pass; a sum over ranks is received in parts, and its parts again."""
+    group, found = Group.of(dist.group.WORLD), []
+    exchange_all, gather_all, add_all = (getattr(collectives, name) for name in ("_exchanged", "_gathered", "_sum"))
+
+    def exchanged(x: torch.Tensor, split: Any, join: Any, group: Group) -> torch.Tensor:
+        result = exchange_all(x, split, join, group)
+        found.append(result.numel() * (1 - join[1][group.rank] / sum(join[1])))
+        return result
+
+    def gathered(x: torch.Tensor, dim: int, parts: Any, group: Group) -> torch.Tensor:
+        found.append(x.numel() * (sum(parts) / parts[group.rank] - 1))
+        return gather_all(x, dim, parts, group)
+
+    def added(x: torch.Tensor, group: Group) -> torch.Tensor:
+        found.append(2 * x.numel() * (group.size - 1) / group.size)
+        return add_all(x, group)
+
+    collectives._exchanged, collectives._gathered, collectives._sum = exchanged, gathered, added
+    model, _ = tiny_twins("5b", num_attention_heads=4)
+    if way == "tensor":
+        model.enable_parallelism(config=TensorParallelConfig(tp_degree=group.size))
+    elif way == "halves":
+        model.enable_batch_parallelism()
+    else:
+        model.enable_parallelism(config=ContextParallelConfig(**{f"{way}_degree": group.size}))
+    with torch.no_grad():
+        model(**inputs(model, **sizes))
+    return round(sum(found))

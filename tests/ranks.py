@@ -10,7 +10,19 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 START = multiprocessing.get_context("forkserver")
-START.set_forkserver_preload(["diffusers_cogvideox", "peft", "torch._dynamo"])  # as much as can be found without the path of the tests
+# As much as can be found without the path of the tests.
+START.set_forkserver_preload(
+    [
+        "diffusers_cogvideox.cli",
+        "diffusers_cogvideox.generation.generate",
+        "peft",
+        "torch._dynamo",
+        "torch.distributed.tensor.parallel",
+        "transformers.models.t5.modeling_t5",
+        "diffusers.guiders",
+        "sentencepiece",
+    ]
+)
 
 
 def run(count: int, check: Callable[..., Any], *arguments: Any, timeout: float = 100) -> list[Any]:
@@ -21,18 +33,23 @@ def run(count: int, check: Callable[..., Any], *arguments: Any, timeout: float =
     return [result for result, _ in outcomes]
 
 
-def outcomes_of(count: int, check: Callable[..., Any], *arguments: Any, timeout: float = 100) -> list[tuple[Any, str | None]]:
-    """(result, None) or (None, traceback) of each rank; a rank that says nothing within `timeout` seconds is ended."""
+def outcomes_of(
+    count: int, check: Callable[..., Any], *arguments: Any, timeout: float = 100, patience: float = 60
+) -> list[tuple[Any, str | None]]:
+    """(result, None) or (None, traceback) of each rank; a rank that says nothing within `timeout` seconds is ended.
+
+    A rank waits for the others for `patience` seconds.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        return _outcomes(f"file://{folder}/ranks", count, check, arguments, timeout)
+        return _outcomes(f"file://{folder}/ranks", count, check, arguments, timeout, patience)
 
 
 def _outcomes(
-    meeting: str, count: int, check: Callable[..., Any], arguments: tuple[Any, ...], timeout: float
+    meeting: str, count: int, check: Callable[..., Any], arguments: tuple[Any, ...], timeout: float, patience: float
 ) -> list[tuple[Any, str | None]]:
     pipes = [START.Pipe(duplex=False) for _ in range(count)]
     processes = [
-        START.Process(target=_rank, args=(sender, rank, count, meeting, check, arguments), daemon=True)
+        START.Process(target=_rank, args=(sender, rank, count, meeting, check, arguments, patience), daemon=True)
         for rank, (_, sender) in enumerate(pipes)
     ]
     for process, (_, sender) in zip(processes, pipes, strict=True):
@@ -54,13 +71,15 @@ def _outcomes(
     return [outcomes.get(receiver, (None, f"nothing for {timeout} seconds")) for receiver, _ in pipes]
 
 
-def _rank(sender: Connection, rank: int, count: int, meeting: str, check: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _rank(
+    sender: Connection, rank: int, count: int, meeting: str, check: Callable[..., Any], arguments: tuple[Any, ...], patience: float
+) -> None:
     import torch
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
     try:
-        timeout = timedelta(seconds=60)
+        timeout = timedelta(seconds=patience)
         torch.distributed.init_process_group("gloo", meeting, rank=rank, world_size=count, timeout=timeout)
         sender.send((check(*arguments), None))
         torch.distributed.destroy_process_group()

@@ -25,11 +25,12 @@ OPTIONS = {
     "generate": {"prompt", "--model", "--output", "--negative-prompt", "--num-videos", "--size", "--frames", "--fps"}
     | {"--lora", "--lora-alpha", "--vram", "--ram", "--cache", "--max-error"}
     | {"--image", "--last-image", "--video", "--strength", "--mask", "--control", "--extend", "--fit"}
-    | {"--checkpoint-every", "--preview", "--no-preview", "--save-latents", "--no-save-latents", "--tiling", "--no-tiling"}
+    | {"--checkpoint-every", "--parallel", "--preview", "--no-preview", "--save-latents", "--no-save-latents", "--tiling", "--no-tiling"}
     | SAMPLING,
     "decode": {"latents", "--model", "--output", "--layout", "--fps", "--dtype", "--device", "--tiling", "--no-tiling"}
     | {"--overwrite", "--no-overwrite"},
     "info": {"model", "--json", "--no-json"},
+    "calibrate": {"model", "--prompts", "--prompts-file", "--caches", "--output"} | SAMPLING,
     "convert": {"input", "output", "--to", "--dtype", "--max-shard-size", "--text-encoder", "--like", "--only", "--lora-alpha"}
     | {f"--{no}{name}" for name in ("merge-lora", "verify", "trust-pickle", "overwrite") for no in ("", "no-")},
     "evaluate": {"what", "model", "--output", "--prompts", "--untrained-prompts", "--batch-size", "--baselines", "--no-baselines"}

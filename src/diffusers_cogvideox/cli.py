@@ -25,8 +25,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
 from .conversion.options import ConvertOptions
+from .generation.calibrate_options import CalibrateOptions
 from .generation.plan_options import PlanOptions
-from .options import CalibrateOptions, DecodeOptions, EvaluateOptions, GenerateOptions, InfoOptions, MistakesError
+from .options import DecodeOptions, EvaluateOptions, GenerateOptions, InfoOptions, MistakesError
 from .training.config import TrainConfig
 
 __all__ = ["VERBS", "Verb", "main", "parser_for"]
@@ -326,5 +327,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         lines = error.lines if isinstance(error, MistakesError) else [str(error)]
         sys.stderr.write(f"cogvideox {given.verb}: error: " + "\n  ".join(" ".join(line.split()) for line in lines) + "\n")
         return 2
-    sys.stdout.write(f"{text}\n")
+    if text:  # of several processes, the first one speaks
+        sys.stdout.write(f"{text}\n")
     return 0

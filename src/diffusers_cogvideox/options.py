@@ -18,8 +18,8 @@ __all__ = [
     "DEMO",
     "DEMO_IMAGE",
     "FILES",
+    "CacheChoice",
     "CacheName",
-    "CalibrateOptions",
     "DecodeOptions",
     "DecodingOptions",
     "EvaluateOptions",
@@ -30,9 +30,11 @@ __all__ = [
     "Layout",
     "MemoryOptions",
     "MistakesError",
+    "Parallel",
     "Precision",
     "Sampler",
     "SamplingOptions",
+    "at_least",
     "parse_size",
 ]
 
@@ -44,9 +46,11 @@ DEMO_IMAGE = "demo-i2v"
 
 Sampler = Literal["ddim", "dpm"]
 Precision = Literal["float32", "bfloat16", "float16"]
+Parallel = Literal["auto", "cfg", "ulysses", "ring", "tensor"]
 Fit = Literal["cover", "contain", "stretch"]
 Layout = Literal["pipeline", "vae"]
 CacheName = Literal["first_block", "mag", "tea", "sea", "taylor", "broadcast", "faster"]
+CacheChoice = Literal["none", "auto", "first_block", "mag", "tea", "sea", "taylor", "broadcast", "faster"]
 
 FILES = ("image", "last_image", "video", "mask", "control", "extend")
 """Options that name a picture or a video to start from."""
@@ -92,7 +96,7 @@ def _flags(names: Iterable[str]) -> str:
     return " and ".join(f"--{name.replace('_', '-')}" for name in names)
 
 
-def _at_least(minimum: int, **values: float | None) -> None:
+def at_least(minimum: int, **values: float | None) -> None:
     """Raise ValueError for a value below `minimum`, infinity and NaN; None means "not given"."""
     for name, value in values.items():
         if value is not None and not minimum <= value < math.inf:
@@ -120,8 +124,8 @@ class SamplingOptions:
     """Replace files that exist already."""
 
     def __post_init__(self) -> None:
-        _at_least(0, seed=self.seed, guidance_scale=self.guidance_scale)
-        _at_least(1, steps=self.steps)
+        at_least(0, seed=self.seed, guidance_scale=self.guidance_scale)
+        at_least(1, steps=self.steps)
         if self.seed >= _SEEDS:
             raise ValueError(f"--seed {self.seed} is not possible: it must be below 2**63, which is {_SEEDS}.")
 
@@ -232,13 +236,15 @@ class GenerateOptions(DecodingOptions, MemoryOptions, InputOptions, SamplingOpti
     """Frames per second of the file (default: what the checkpoint was trained for, or that of the video to start from)."""
     checkpoint_every: int | None = None
     """Save the state of the video every so many steps: after an interruption, the same command goes on from there, to the same video."""
-    cache: Literal["auto", "none"] | CacheName = "none"
-    """Spare work by a feature cache, for other videos: auto, or the name of one, takes the fastest that keeps --max-error, as
-    `cogvideox calibrate MODEL` measured."""
+    cache: CacheChoice = "none"
+    """Spare work: the feature cache (auto: any) with the fewest passes that keeps --max-error, as `cogvideox calibrate` measured."""
     max_error: float | None = None
-    """How far a cache may move the latents that the video is decoded from, relative to them (default: 0.05)."""
+    """How far a cache may move the final latents, relative to them (default: 0.05)."""
     preview: bool = False
     """Show the video in the making in VIDEO.preview.png, ten times on the way: its latents, mapped linearly to colours."""
+    parallel: Parallel | None = None
+    """How processes that `torchrun --nproc_per_node N -m diffusers_cogvideox generate ...` starts share each video: cfg (one half of
+    guidance each, and tokens), ulysses or ring (tokens), tensor (weights), or auto: what fits (default: auto)."""
     save_latents: bool = False
     """Keep what the video is decoded from in VIDEO.latents.safetensors, for `cogvideox decode`; when decoding fails, that is done
     anyway."""
@@ -247,7 +253,7 @@ class GenerateOptions(DecodingOptions, MemoryOptions, InputOptions, SamplingOpti
         SamplingOptions.__post_init__(self)
         InputOptions.__post_init__(self)
         MemoryOptions.__post_init__(self)
-        _at_least(1, num_videos=self.num_videos, fps=self.fps, frames=self.frames, checkpoint_every=self.checkpoint_every)
+        at_least(1, num_videos=self.num_videos, fps=self.fps, frames=self.frames, checkpoint_every=self.checkpoint_every)
         if self.max_error is not None and self.cache == "none":
             raise ValueError(f"--max-error {self.max_error} has no effect without --cache.")
         if self.max_error is not None and not 0 < self.max_error < math.inf:
@@ -294,7 +300,7 @@ class DecodeOptions(DecodingOptions):
     """Replace files that exist already."""
 
     def __post_init__(self) -> None:
-        _at_least(1, fps=self.fps)
+        at_least(1, fps=self.fps)
 
 
 @dataclass(frozen=True)
@@ -339,31 +345,6 @@ class EvaluateOptions(SamplingOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least(1, prompts=self.prompts, untrained_prompts=self.untrained_prompts, batch_size=self.batch_size)
+        at_least(1, prompts=self.prompts, untrained_prompts=self.untrained_prompts, batch_size=self.batch_size)
         if not self.baselines and self.untrained_prompts != EvaluateOptions.untrained_prompts:
             raise ValueError("--untrained-prompts has no effect with --no-baselines: leave out one of the two.")
-
-
-@dataclass(frozen=True)
-class CalibrateOptions(SamplingOptions):
-    """Measure what feature caches cost a model in exactness, for `generate --cache auto`.
-
-    Makes a video of each prompt without a cache and with every cache at several strengths, and writes what the blocks of the transformer
-    do from step to step, passes and errors to calibration.json in the model's folder (of a repository: in its local copy).
-    """
-
-    model: str = DEMO
-    """Pipeline folder, repository on the Hugging Face hub, or "demo" for the small model that comes with the package."""
-    _: KW_ONLY
-    prompts: int = 16
-    """Number of prompts, one video each."""
-    prompts_file: str | None = None
-    """Text file with one prompt per line (default: sentences about one moving shape)."""
-    caches: tuple[CacheName, ...] = ()
-    """Cache to measure; can be given several times (default: all)."""
-    output: str | None = None
-    """File to write (default: calibration.json in the model's folder)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _at_least(1, prompts=self.prompts)

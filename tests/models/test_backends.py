@@ -62,6 +62,18 @@ def test_backends_agree_when_compiled(name, fresh_compiler):
     assert not counters["graph_break"]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["_native_math", "_native_flash", "_native_efficient", "_native_cudnn"])
+def test_backends_agree_on_a_gpu(name):
+    ours, _ = tiny_twins("5b", num_attention_heads=1, attention_head_dim=64)
+    ours.to("cuda", torch.bfloat16)
+    kwargs = inputs(ours)
+    kwargs |= {part: kwargs[part].to("cuda", torch.bfloat16) for part in ("hidden_states", "encoder_hidden_states")}
+    expected = forward(ours, kwargs)
+    ours.set_attention_backend(name)
+    torch.testing.assert_close(forward(ours, kwargs), expected, rtol=0, atol=0.05)
+
+
 @pytest.mark.parametrize("name", NOT_ON_CPU)
 def test_a_kernel_that_is_not_for_this_device_is_refused(name):
     ours, stock = tiny_twins("5b")

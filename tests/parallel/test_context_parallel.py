@@ -10,7 +10,7 @@ from transformer_cases import tiny_twins
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_collectives_of_unequal_parts(count):
-    ranks.run(count, rank_checks.collectives)
+    ranks.run(count, rank_checks.unequal_parts)
 
 
 @pytest.mark.parametrize("count", [2, 3])
@@ -39,7 +39,7 @@ def test_masks_and_backends(degrees):
 
 
 @pytest.mark.parametrize("degrees", [{"ulysses_degree": 2}, {"ring_degree": 2}])
-def test_d2_blocks_compile_with_their_exchanges(degrees):
+def test_blocks_compile_with_their_exchanges(degrees):
     ranks.run(2, rank_checks.compiled, degrees)
 
 

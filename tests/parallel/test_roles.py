@@ -1,10 +1,13 @@
 """Pipelines on several ranks: who does what, and that the video is the same."""
 
+from types import SimpleNamespace
+
 import pytest
 
 import rank_checks
 import ranks
-from diffusers_cogvideox.runtime.parallel import MODES, Roles, divide_roles, share_work
+from diffusers_cogvideox.models.collectives import Group
+from diffusers_cogvideox.runtime.parallel import MODES, Roles, divide_roles, share_work, shares_batches
 
 
 def test_auto_takes_the_halves_first():
@@ -55,6 +58,13 @@ def test_the_same_video(folders, count, variant, modes):
 
 def test_halves_and_guiders(folders):
     ranks.run(2, rank_checks.halves_and_guiders, str(folders()))
+
+
+def test_ranks_without_a_half_of_their_own_are_told(caplog):
+    transformer = SimpleNamespace(batch_group=Group("halves", 0, 2))
+    assert shares_batches(transformer, 2) and not caplog.text
+    assert shares_batches(transformer, 1) and "1 sample at a time, which 2 ranks cannot share" in caplog.text
+    assert not shares_batches(SimpleNamespace(batch_group=None), 1)
 
 
 def test_batches():

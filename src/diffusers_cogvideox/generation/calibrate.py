@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from ..data.captions import canonical
 from ..data.moving_shapes import all_scenes, split
 from ..files import check_writable
-from ..options import CalibrateOptions
+from ..models.tea_cache import timestep_embedding
 from ..runtime.calibration import (
     CACHES,
     FILE,
@@ -33,6 +33,7 @@ from ..runtime.calibration import (
     weights_signature,
 )
 from ..runtime.effects import NoEffectError
+from .calibrate_options import CalibrateOptions
 from .model_folder import ModelFolder
 from .settings import Settings, choose_settings, load_pipeline
 
@@ -90,7 +91,8 @@ def measure_schedule(pipe: Any, settings: Settings, prompts: Sequence[str], seed
     whole = passes.total / len(prompts) / settings.num_inference_steps  # of one pass
     sampler = getattr(pipe.scheduler, "algorithm_type", None) or type(pipe.scheduler).__name__
     steps, scale = settings.num_inference_steps, settings.guidance_scale
-    schedule = Schedule(steps=steps, sampler=sampler, guidance_scale=scale, residuals=recorder.residuals())
+    loop: dict[str, Any] = {"steps": steps, "sampler": sampler, "guidance_scale": scale, "use_dynamic_cfg": settings.use_dynamic_cfg}
+    schedule = Schedule(**loop, residuals=recorder.residuals())
     rows: list[Measured] = []
     for name in names:
         for strength in strengths(name, schedule):
@@ -199,11 +201,10 @@ class _Recorder:
         """Record while the block runs."""
         blocks, now = self._transformer.transformer_blocks, self._now
         handles = [
-            self._transformer.time_embedding.register_forward_hook(lambda _m, _a, out: now.update(embedding=out[:1].float())),
             blocks[0].register_forward_pre_hook(lambda _m, _a, kwargs: now.update(tokens=kwargs["hidden_states"]), with_kwargs=True),
             blocks[0].register_forward_hook(lambda _m, _a, out: now.update(first=(out[0] - now["tokens"]).float())),
             blocks[-1].register_forward_hook(lambda _m, _a, out: now.update(residual=(out[0] - now.pop("tokens")).float())),
-            self._transformer.register_forward_hook(lambda *_: self._compare()),
+            self._transformer.register_forward_hook(lambda _m, _a, kwargs, _o: self._compare(kwargs["timestep"][:1]), with_kwargs=True),
         ]
         try:
             yield
@@ -211,8 +212,9 @@ class _Recorder:
             for handle in handles:
                 handle.remove()
 
-    def _compare(self) -> None:
-        now, before = dict(self._now), self._before
+    def _compare(self, timestep: Tensor) -> None:
+        embedding = timestep_embedding(self._transformer, timestep)
+        now, before = {**self._now, "embedding": embedding}, self._before
         row = {"ratios": 1.0, "changes": 0.0, "first_block": 0.0, "embeddings": 0.0}
         if before:
             ratios = now["residual"].norm(dim=-1) / before["residual"].norm(dim=-1).clamp(min=1e-8)

@@ -15,6 +15,7 @@ from ..options import GenerateOptions, MistakesError
 from ..pipelines.base import CogVideoXPipelineBase
 from ..pipelines.decoding import FrameStream
 from ..pipelines.journal import Journal
+from ..runtime.launch import Launch, together
 from ..runtime.memory.explain import in_short
 from ..runtime.out_of_memory import is_out_of_memory
 from .job import Job
@@ -22,6 +23,7 @@ from .latents import SavedLatents, identity_of
 from .model_folder import ModelFolder
 from .plan import plan
 from .preview import Preview, PreviewMap, fit_to_vae
+from .ranks import check_launch, share_launch
 from .settings import load_pipeline, prepared, stream_videos
 from .writing import Clock, UnfinishedVideoError, in_words, write_files
 
@@ -34,20 +36,29 @@ def generate(options: GenerateOptions) -> list[Path]:
     """Make the videos that the options ask for; returns their paths. All checks come before the weights are loaded.
 
     Videos that are there already, made by the same recipe, are left alone unless `options.overwrite`. When one of several fails, the
-    others are made all the same. What happens is logged.
+    others are made all the same. What happens is logged. Processes that were started together share the work on each video; the first
+    one writes, and the others return no paths.
 
     Raises:
         ValueError, OSError: for options that are not possible, files that are not there or not whole, outputs that exist already.
         MistakesError: for videos that failed, after all others are made.
     """
+    with together(options.device) as launch:
+        jobs, waiting = launch.agreed(lambda: _planned(options, launch))
+        for job in jobs if launch.first else ():
+            if job not in waiting:
+                logger.info(f"{job.output} is there already.")
+        if waiting:
+            _make_all(waiting, options, launch)
+        return [job.output for job in jobs] if launch.first else []
+
+
+def _planned(options: GenerateOptions, launch: Launch) -> tuple[list[Job], list[Job]]:
+    """All videos, and those that are not there yet."""
     jobs = plan(options)
     waiting = [job for job in jobs if options.overwrite or not _is_finished(job, options)]
-    for job in jobs:
-        if job not in waiting:
-            logger.info(f"{job.output} is there already.")
-    if waiting:
-        _make_all(waiting, options)
-    return [job.output for job in jobs]
+    check_launch(options, waiting, launch)
+    return jobs, waiting
 
 
 def _is_finished(job: Job, options: GenerateOptions) -> bool:
@@ -55,15 +66,17 @@ def _is_finished(job: Job, options: GenerateOptions) -> bool:
     return job.is_finished() and (not options.save_latents or identity_of(job.latents) == job.identity)
 
 
-def _make_all(jobs: Sequence[Job], options: GenerateOptions) -> None:
-    """Make videos with one model. Raises as `generate`; the error of a single video is raised as it is."""
+def _make_all(jobs: Sequence[Job], options: GenerateOptions, launch: Launch) -> None:
+    """Make videos with one model. Raises as `generate`; the error of a single video, and of one of several processes, as it is."""
     clock = Clock()
-    pipe = load_pipeline(jobs[0].settings, {"vram": options.vram, "ram": options.ram})
-    logger.info(in_short(pipe.memory_plan))
+    pipe = load_pipeline(jobs[0].settings, {"vram": options.vram, "ram": options.ram} if launch.alone else None)
+    if pipe.memory_plan:
+        logger.info(in_short(pipe.memory_plan))
+    shared = share_launch(pipe, jobs, options, launch)
     if options.tiling:
         pipe.vae.enable_tiling()
     clock.lap("load")
-    workshop = Workshop(pipe, options, clock.seconds["load"])
+    workshop = (Workshop if launch.first else Helper)(pipe, options, clock.seconds["load"], shared)
     failures: list[str] = []
     for number, job in enumerate(jobs, start=1):
         try:
@@ -73,7 +86,7 @@ def _make_all(jobs: Sequence[Job], options: GenerateOptions) -> None:
                 logger.info(f"{number - 1 - len(failures)} of {len(jobs)} videos are made; the same command makes the rest.")
             raise
         except Exception as error:
-            if len(jobs) == 1:
+            if len(jobs) == 1 or not launch.alone:
                 raise
             where = f"{job.title}, {job.output}" if job.title else job.output
             failures.append(f"{where}: {type(error).__name__}: {error}")
@@ -85,8 +98,8 @@ def _make_all(jobs: Sequence[Job], options: GenerateOptions) -> None:
 class Workshop:
     """A loaded model, and how its videos are made: with a journal, with a preview."""
 
-    def __init__(self, pipe: CogVideoXPipelineBase, options: GenerateOptions, load_seconds: float) -> None:
-        self._pipe, self._options, self._load_seconds = pipe, options, load_seconds
+    def __init__(self, pipe: CogVideoXPipelineBase, options: GenerateOptions, load_seconds: float, shared: dict[str, Any]) -> None:
+        self._pipe, self._options, self._load_seconds, self._shared = pipe, options, load_seconds, shared
         self._colours: PreviewMap | None = None  # fitted or read when the first video needs it
 
     def make(self, job: Job, title: str) -> None:
@@ -127,7 +140,7 @@ class Workshop:
         Raises UnfinishedVideoError, which tells how to go on, in place of errors that are nobody's mistake.
         """
         scheduler = {"class": type(pipe.scheduler).__name__} | {k: v for k, v in pipe.scheduler.config.items() if k[0] != "_"}
-        content = job.recipe() | {"scheduler": scheduler}
+        content = job.recipe() | {"scheduler": scheduler} | self._shared
         saved = None
         if frames.latents is not None:
             saved = SavedLatents(
@@ -151,7 +164,8 @@ class Workshop:
 
     def _journal(self, job: Job) -> Journal | None:
         """The journal of a video, when one is wanted or there from an earlier run; or when its latents alone could not be finished."""
-        if not self._options.checkpoint_every and not job.journal.exists() and not job.sources.extend:
+        wanted = self._options.checkpoint_every or job.journal.exists() or job.sources.extend
+        if not wanted or self._shared:  # several processes keep none
             return None
         if self._options.overwrite:
             with suppress(ValueError, OSError):
@@ -173,6 +187,18 @@ class Workshop:
             self._colours = PreviewMap.from_json(known) if known else fit_to_vae(pipe.vae, pipe.geometry)
         logger.info(f"{job.preview} shows the video in the making.")
         return Preview(job.preview, self._colours, pipe.geometry, pipe.vae_scaling_factor_image)
+
+
+class Helper(Workshop):
+    """The part in making videos of a process that is not the first: it computes, and writes nothing."""
+
+    def make(self, job: Job, title: str) -> None:  # noqa: ARG002 - the first process shows it
+        """Take part in making one video."""
+        pipe = prepared(self._pipe, job.settings)
+        pipe.set_progress_bar_config(disable=True)
+        (frames,) = stream_videos(pipe, [job.prompt], [job.seed], job.settings, **job.sources.call_arguments())
+        for _ in frames:
+            pass
 
 
 def _save_after(error: BaseException, saved: SavedLatents, job: Job) -> None:

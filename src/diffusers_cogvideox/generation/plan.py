@@ -31,7 +31,7 @@ __all__ = ["check_output", "output_paths", "plan"]
 _FOLDER = "outputs"
 _SLUG = 60  # characters of the prompt in a file name
 # A recipe fixes everything but these.
-_FREE = ("prompt", "output", "device", "overwrite", "tiling", "checkpoint_every", "preview", "save_latents", "vram", "ram")
+_FREE = ("prompt", "output", "device", "overwrite", "tiling", "checkpoint_every", "preview", "save_latents", "vram", "ram", "parallel")
 
 
 def plan(options: GenerateOptions) -> list[Job]:

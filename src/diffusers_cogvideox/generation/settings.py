@@ -12,6 +12,7 @@ import torch
 from ..options import Precision, Sampler, SamplingOptions
 from ..pipelines.base import CogVideoXPipelineBase
 from ..pipelines.decoding import FrameStream
+from ..runtime.calibration import FILE, Calibration
 from ..schedulers.scheduler import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 from ..video_io import check_rate, to_uint8
 from .json_types import type_mistakes
@@ -36,6 +37,7 @@ __all__ = [
 AnyPipeline = TypeVar("AnyPipeline", bound=CogVideoXPipelineBase)
 
 _SAMPLERS = {"ddim": CogVideoXDDIMScheduler, "dpm": CogVideoXDPMScheduler}
+_ALGORITHMS = {"ddim": "ddim", "dpm": "dpmsolver++"}  # as calibrations know them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +114,23 @@ def check_settings(settings: Settings, folder: ModelFolder) -> None:
     if not 1 <= settings.num_inference_steps <= limit:
         raise ValueError(f"--steps {settings.num_inference_steps} is not possible: it must be between 1 and {limit}.")
     check_precision(settings.dtype, check_device(settings.device))
+    if settings.cache is not None:
+        _check_cache(settings, settings.cache, folder)
+
+
+def _check_cache(settings: Settings, cache: str, folder: ModelFolder) -> None:
+    """Raise ValueError for a cache that the model's calibration, where it has one, does not have."""
+    path = folder.path / FILE
+    if not path.is_file():
+        raise ValueError(f"--cache {cache} needs {path}: `cogvideox calibrate {settings.model}` makes it.")
+    Calibration.load(path).choose(
+        cache,
+        settings.max_error,
+        steps=settings.num_inference_steps,
+        sampler=_ALGORITHMS[settings.sampler],
+        guidance_scale=settings.guidance_scale,
+        use_dynamic_cfg=settings.use_dynamic_cfg,
+    )
 
 
 def check_precision(dtype: str, device: str) -> None:

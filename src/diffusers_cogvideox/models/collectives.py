@@ -1,6 +1,6 @@
-"""What ranks send each other: two differentiable collectives for parts of unequal size, in terms that every backend has.
+"""What ranks send each other: differentiable collectives for parts of unequal size, in terms that every backend has.
 
-Both know all sizes beforehand, so that nothing has to be asked for on the way, and both may stand inside a compiled graph.
+They know all sizes beforehand, so that nothing has to be asked for on the way, and may stand inside a compiled graph.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import torch
 from diffusers.hooks.hooks import BaseState, HookRegistry, ModelHook, StateManager
 from torch import Tensor, nn
 
-__all__ = ["TEA_CACHE_HOOK", "TeaCacheConfig", "apply_tea_cache"]
+__all__ = ["TEA_CACHE_HOOK", "TeaCacheConfig", "apply_tea_cache", "timestep_embedding"]
 
 TEA_CACHE_HOOK = "cogvideox_tea_cache"
 
@@ -91,7 +91,8 @@ class _BlockHook(ModelHook):
             raise ValueError(
                 "TeaCache needs to know where the loop is: cache_context(name, step_index=..., num_inference_steps=..., timestep=...)."
             )
-        embedding, before = self._embedding(place.timestep, like), state.embedding
+        timestep = torch.as_tensor(place.timestep, device=like.device).reshape(-1)[:1]
+        embedding, before = timestep_embedding(self.model, timestep), state.embedding
         state.embedding = embedding
         if before is not None:
             distance = float((embedding - before).abs().mean() / before.abs().mean())
@@ -102,16 +103,16 @@ class _BlockHook(ModelHook):
         state.distance = 0.0
         return False
 
-    def _embedding(self, timestep: float | Tensor, like: Tensor) -> Tensor:
-        """e (1, E) in float32."""
-        values = torch.as_tensor(timestep, device=like.device).reshape(-1)[:1]
-        dtype = next(self.model.time_embedding.parameters()).dtype
-        return self.model.time_embedding(self.model.time_proj(values).to(dtype)).float()
-
     def reset_state(self, module: nn.Module) -> nn.Module:
         """Forget all predictions."""
         self.states.reset()
         return module
+
+
+def timestep_embedding(model: Any, timestep: Tensor) -> Tensor:
+    """Embedding e (1, E) in float32 of a timestep (1,), without that of `ofs`, which is constant."""
+    dtype = next(model.time_embedding.parameters()).dtype
+    return model.time_embedding(model.time_proj(timestep).to(dtype)).float()
 
 
 _STREAMS = ("hidden_states", "encoder_hidden_states")

@@ -37,7 +37,7 @@ class CacheReport:
     """That error of each video, where measure_error=True asked for it."""
 
 
-def check_cache(cache: Any, max_error: float | None, measure_error: bool, guidance_interval: Interval, use_dynamic_cfg: Any) -> None:
+def check_cache(cache: Any, max_error: float | None, measure_error: bool, guidance_interval: Interval, eta: float) -> None:
     """Raise ValueError for a combination of these arguments of a call that is not possible."""
     if cache is None:
         if max_error is not None or measure_error:
@@ -48,10 +48,10 @@ def check_cache(cache: Any, max_error: float | None, measure_error: bool, guidan
             raise ValueError(f"cache={cache!r} is unknown: use 'auto', one of {', '.join(CACHES)}, or a config of diffusers' caches.")
         if max_error is not None and not 0 < max_error < float("inf"):
             raise ValueError(f"max_error={max_error} is not possible: it must be above 0, and finite.")
-        if guidance_interval != (0.0, 1.0) or use_dynamic_cfg:
+        if guidance_interval != (0.0, 1.0) or eta:
             raise ValueError(
-                f"the errors of cache={cache!r} were measured with constant guidance: leave out guidance_interval and use_dynamic_cfg, or "
-                "call pipe.transformer.enable_cache(config)."
+                f"the errors of cache={cache!r} were measured with guidance in all steps, and eta=0: leave guidance_interval and eta out, "
+                "or pass a config, cache=TaylorSeerCacheConfig(...)."
             )
     elif max_error is not None:
         raise ValueError(f"max_error has no effect on a config, which is taken as it is: pass cache='auto' or a name, not {cache!r}.")
@@ -65,12 +65,12 @@ def find_calibration(pipe: Any) -> Calibration:
     """
     calibration = pipe.calibration
     if calibration is None:
-        origin = Path(getattr(pipe.transformer.config, "_name_or_path", None) or "")
-        path = next((folder / FILE for folder in (origin.parent, origin) if (folder / FILE).is_file()), None)
-        if path is None:
+        origin = getattr(pipe.transformer.config, "_name_or_path", None)  # the folder of the transformer, inside that of the pipeline
+        path = Path(origin).parent / FILE if origin else None
+        if path is None or not path.is_file():
             raise CalibrationError(
-                f"cache='auto' needs a calibration, and there is no {FILE} in the model's folder {origin.parent}: run `cogvideox calibrate "
-                "MODEL`, or set pipe.calibration."
+                f"cache='auto' needs a calibration, and there is no {path or FILE} of this model: run `cogvideox calibrate MODEL`, or set "
+                "pipe.calibration = Calibration.load(path)."
             )
         calibration = Calibration.load(path)
     calibration.check_weights(pipe.transformer)
@@ -88,6 +88,8 @@ def with_cache(pipe: Any, request: Any, steps: int, run: Callable[..., Tensor]) 
         return run()
     if getattr(pipe.transformer, "is_cache_enabled", False):
         raise ValueError("cache=... chooses a cache for this call, and one is on already: call pipe.transformer.disable_cache() first.")
+    if request.measure_error and request.generator is None:
+        raise ValueError("measure_error=True makes the video twice from the same noise: pass a generator.")
     report = _chosen(pipe, request, steps)
     states = [generator.get_state() for generator in _sources(request.generator)]
     with _enabled(pipe.transformer, report.config):
@@ -106,11 +108,13 @@ def with_cache(pipe: Any, request: Any, steps: int, run: Callable[..., Tensor]) 
 def _chosen(pipe: Any, request: Any, steps: int) -> CacheReport:
     if not isinstance(request.cache, str):
         return CacheReport(config=request.cache, name=type(request.cache).__name__, steps=steps)
-    limit = 0.05 if request.max_error is None else request.max_error
+    if request.use_dynamic_cfg == "progress":
+        raise CalibrationError("caches were not measured with use_dynamic_cfg='progress': use True or False, or pass a config.")
     scheduler = pipe.scheduler
     sampler = getattr(scheduler, "algorithm_type", None) or type(scheduler).__name__
     calibration = find_calibration(pipe)
-    schedule, row = calibration.choose(request.cache, limit, steps=steps, sampler=sampler, guidance_scale=request.guidance_scale)
+    loop = {"steps": steps, "sampler": sampler, "guidance_scale": request.guidance_scale, "use_dynamic_cfg": bool(request.use_dynamic_cfg)}
+    schedule, row = calibration.choose(request.cache, request.max_error, **loop)
     size = (request.num_frames, request.height, request.width)
     where = "" if size == calibration.size else f" at {' x '.join(map(str, calibration.size))}, where it was measured"
     logger.info(

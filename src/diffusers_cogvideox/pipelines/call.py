@@ -65,31 +65,24 @@ def shared_arguments(
     num_inference_steps, timesteps: number of steps, or own falling timesteps for schedulers that take them.
     guidance_scale: w in u + w (c - u); 1 or less predicts once per step, without guidance.
     use_dynamic_cfg: True or "stock" for swinging guidance as released, "progress" for a smooth rise from 1 to 1 + w.
-    num_videos_per_prompt: videos for each prompt; they follow each other in the result.
-    eta: share of fresh noise in a DDIM step, 0 to 1.
-    generator: source of the noise, one for all videos or one for each.
+    num_videos_per_prompt, max_sequence_length: videos for each prompt, one after the other; text tokens, by default as trained.
+    eta, generator: share of fresh noise in a DDIM step, 0 to 1; source of all noise, one for all videos or one for each.
     latents: noise to start from, (videos, latent frames, channels, height / 8, width / 8) of what is made before cropping.
     prompt_embeds, negative_prompt_embeds: embeddings (B, L, D_text) in place of text.
     output_type, return_dict: "pil", "np", "pt", "latent" or "stream" (see `CogVideoXPipelineOutput`); False for a tuple in its place.
     attention_kwargs: handed to the attention processors; `{"scale": s}` scales a LoRA.
     callback_on_step_end: f(pipe, step, timestep, tensors) after each step; what it returns replaces the tensors. It is shown the
         callback_on_step_end_tensor_inputs, some of "latents" (default), "prompt_embeds", "negative_prompt_embeds".
-    max_sequence_length: text tokens; by default as many as the model was trained with.
-    sequential_guidance: predict the two halves one after the other: half the activation memory, no faster.
-    zero_unconditional: zeros for the unconditional half, as in the original code, in place of the embedding of "".
+    sequential_guidance, zero_unconditional: one half after the other, in half the memory; zeros for the unconditional half, not "".
     guidance_interval: (start, stop) of the guided part of the loop, in fractions of its steps; outside it one pass is made, not two.
     skip_layers: `SkipLayers(layers, scale)` also predicts without these layers and steps away from that: one more pass per step.
     context: `ContextWindows(frames=...)` predicts a long video in windows of so many frames that fade into each other.
     riflex: lower the frequency that makes videos of twice the trained length or more repeat themselves (without windows).
-    journal: saves the state of the loop every few steps, and goes on from it in a later call.
-    guider: one of diffusers' guiders, such as `AdaptiveProjectedGuidance()`, in place of all guidance options above.
-    cache: a feature cache for this call: "auto" or the name of one, chosen from the checkpoint's calibration (`cogvideox calibrate`), or a
-        config as for `transformer.enable_cache`. `pipe.cache_report` tells what it came to.
-    max_error: what a cache of that calibration may do to the latents at the end, |z_cached - z| / |z|; 0.05 by default.
-    measure_error: also make the video without the cache, to report the real error; callbacks see both loops.
+    journal, guider: saves the loop every few steps, to go on later; one of diffusers' guiders in place of all guidance options above.
+    cache, max_error, measure_error: "auto" or a name for the feature cache with the fewest passes that `cogvideox calibrate` saw keep
+        max_error (0.05), or a config; make the video without it too. See `pipe.cache_report`, the errors are |z_cached - z| / |z|.
 
-    Raises ValueError or TypeError, before anything runs, for what cannot be had. Errors while decoding carry `latents`: `decode_frames`.
-    """
+    Raises ValueError or TypeError, before anything runs, for what cannot be had. Errors while decoding carry `latents`: `decode_frames`."""
 
 
 def task_call(*, without: tuple[str, ...] = (), **places: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -15,7 +15,7 @@ from ..models.modulation import ModulationTables, tabulated
 from ..models.rope import Rotary, rope_for
 from ..runtime.effects import watch
 from ..runtime.health import run_checked
-from ..runtime.parallel import check_same_start
+from ..runtime.parallel import check_same_start, shares_batches
 from .conditioning import Condition
 from .guidance import dynamic_rule, guidance_at, guide, guide_away, steps_inside
 from .guiders import BaseGuidance, steer
@@ -42,8 +42,7 @@ def denoise(
     "latents", "prompt_embeds" (with guidance: both halves, the unconditional first) and "negative_prompt_embeds".
 
     Args:
-        pipe: the pipeline, for its transformer, scheduler, progress bar and what callbacks may change while the loop
-            runs: `_guidance_scale` and `_interrupt`.
+        pipe: its transformer, scheduler, progress bar, and what callbacks may change meanwhile: `_guidance_scale` and `_interrupt`.
         condition: where the loop starts.
         timesteps: the scheduler's grid, from `condition.first_step` on.
         request: guidance schedule, callback, and options of the scheduler's step.
@@ -51,9 +50,7 @@ def denoise(
         negative_prompt_embeds: (B, L, D_text), or None without guidance.
         step: what a step does with its prediction, by default the scheduler's own.
 
-    Raises ValueError for a guidance interval without any step, for windows or skipped layers that are not possible here, for an
-    optimisation that is on and does nothing, and for ranks that share the work but start from different tensors.
-    """
+    Raises ValueError for what is not possible here, for an optimisation that is on and does nothing, and for ranks that start apart."""
     rule, guided = dynamic_rule(request.use_dynamic_cfg), steps_inside(request.guidance_interval, len(timesteps), "guidance_interval")
     predict = Predictor.of(pipe, condition, request, len(timesteps))
     step = step or make_stepper(pipe.scheduler, eta=request.eta, generator=request.generator)
@@ -65,7 +62,7 @@ def denoise(
     done = journal.enter(pipe, timesteps, request.generator, tensors) if journal else 0
 
     progress_bar = pipe.progress_bar(total=len(timesteps))
-    with predict.tabulated(timesteps) as tables, watch(pipe) as watched, progress_bar as progress:
+    with watch(pipe) as watched, predict.tabulated(timesteps) as tables, progress_bar as progress:
         progress.update(done)
         for index, value in list(enumerate(timesteps.tolist()))[done:]:
             if pipe.interrupt:
@@ -126,12 +123,7 @@ class Predictor:
             options["ofs"] = latents.new_full((1,), condition.ofs)
         if skip is not None:
             skip.check(transformer)
-        halves_shared = getattr(transformer, "batch_group", None) is not None
-        if request.guider is not None and halves_shared:
-            raise ValueError(
-                "A guider makes its predictions one after the other, which leaves ranks that share a batch nothing to share: call "
-                "pipe.transformer.disable_batch_parallelism() and share tokens (enable_parallelism), or leave the guider out."
-            )
+        halves_shared = shares_batches(transformer, len(latents) * (2 if request.guided else 1), guider=request.guider is not None)
         seen = windows.length if windows else frames
         return cls(
             transformer=transformer,

@@ -82,7 +82,7 @@ class Request:
         if self.output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type={self.output_type!r} is unknown: use one of {OUTPUT_TYPES}.")
         self._check_numbers()
-        check_cache(self.cache, self.max_error, self.measure_error, self.guidance_interval, self.use_dynamic_cfg)
+        check_cache(self.cache, self.max_error, self.measure_error, self.guidance_interval, self.eta)
         if isinstance(self.generator, list) and len(self.generator) != self.count:
             raise ValueError(
                 f"{len(self.generator)} generators for {self.count} videos (prompts x num_videos_per_prompt): pass one for all, or "

@@ -30,6 +30,7 @@ from ..models.tea_cache import TeaCacheConfig
 __all__ = [
     "CACHES",
     "FILE",
+    "MAX_ERROR",
     "Calibration",
     "CalibrationError",
     "Measured",
@@ -45,6 +46,11 @@ __all__ = [
 FILE = "calibration.json"
 """Name of a calibration in a model folder."""
 
+MAX_ERROR = 0.05
+"""What a cache may change when nothing is said."""
+
+_MARGIN = 1.5  # of the largest error seen: the tails are heavier than those of a log-normal distribution
+_EARLY = 0.4  # of the steps: there a prompt decides between scenes, and a cache that leaves out steps may change its mind
 _SPREADS = 3.0  # standard deviations of the logarithm of the error, between its mean and the predicted bound
 
 
@@ -82,7 +88,7 @@ class Measured:
     mean: float
     largest: float
     bound: float
-    """Predicted for any video: exp(m + 3 s) with mean m and standard deviation s of log(error), and no less than the largest."""
+    """Predicted for any video: exp(m + 3 s) with mean m and standard deviation s of log(error), and at least 1.5 times the largest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,13 +98,14 @@ class Schedule:
     steps: int
     sampler: str
     guidance_scale: float
+    use_dynamic_cfg: bool = False
     residuals: Residuals
     measured: tuple[Measured, ...] = ()
 
     @property
     def title(self) -> str:
         """The loop in words."""
-        return f"{self.steps} steps of {self.sampler} with guidance_scale={self.guidance_scale:g}"
+        return _title(self.steps, self.sampler, self.guidance_scale, self.use_dynamic_cfg)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,28 +143,40 @@ class Calibration:
         if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-3):
             raise CalibrationError("the calibration was measured with other weights: run `cogvideox calibrate MODEL --overwrite`.")
 
-    def choose(self, cache: str, max_error: float, *, steps: int, sampler: str, guidance_scale: float) -> tuple[Schedule, Measured]:
-        """The cache with the fewest passes whose predicted error is at most `max_error`; `cache` is one of CACHES, or "auto".
+    def choose(
+        self, cache: str, max_error: float | None, *, steps: int, sampler: str, guidance_scale: float, use_dynamic_cfg: bool = False
+    ) -> tuple[Schedule, Measured]:
+        """The cache with the fewest passes whose predicted error is at most `max_error` (None is MAX_ERROR).
+
+        `cache` is one of CACHES, or "auto" for any.
 
         Raises:
             CalibrationError: for a loop that was not measured, and for an error that no cache keeps.
         """
-        wanted = (steps, sampler, guidance_scale)
-        schedule = next((s for s in self.schedules if (s.steps, s.sampler, s.guidance_scale) == wanted), None)
+        max_error = MAX_ERROR if max_error is None else max_error
+        wanted = _title(steps, sampler, guidance_scale, use_dynamic_cfg)
+        schedule = next((known for known in self.schedules if known.title == wanted), None)
         if schedule is None:
             known = "; ".join(known.title for known in self.schedules)
             raise CalibrationError(
-                f"caches were not measured for {steps} steps of {sampler} with guidance_scale={guidance_scale:g}, but for: {known}. "
-                f"Run `cogvideox calibrate MODEL --steps {steps} ...` with those settings, or use these."
+                f"caches were not measured for {wanted}, but for: {known}. Run `cogvideox calibrate MODEL --steps {steps} --overwrite` "
+                "with your settings, or use these."
             )
         rows = [row for row in schedule.measured if cache in ("auto", row.cache)]
         if fitting := [row for row in rows if row.bound <= max_error]:
             return schedule, min(fitting, key=lambda row: (row.passes, row.bound))
-        least = min((row.bound for row in rows), default=math.inf)
+        if not rows:
+            raise CalibrationError(f"cache={cache!r} was not measured with {schedule.title}: `cogvideox calibrate MODEL --caches {cache}`.")
+        least = min(row.bound for row in rows)
         raise CalibrationError(
             f"max_error={max_error:g} is not kept by cache={cache!r} with {schedule.title}: the smallest predicted error is {least:.3g}. "
             "Allow that much, or leave the cache out."
         )
+
+
+def _title(steps: int, sampler: str, guidance_scale: float, use_dynamic_cfg: bool) -> str:
+    dynamic = " and use_dynamic_cfg" if use_dynamic_cfg else ""
+    return f"{steps} steps of {sampler} with guidance_scale={guidance_scale:g}{dynamic}"
 
 
 def _read(cls: type, content: Mapping[str, Any], **parts: Callable[[Any], Any]) -> Any:
@@ -188,7 +207,7 @@ def summarize(cache: str, strength: float, passes: float, errors: Sequence[float
     """The errors of some videos as one row."""
     logs = torch.tensor(errors, dtype=torch.float64).clamp(min=1e-9).log()
     spread = float(logs.std(correction=1)) if len(errors) > 1 else 0.0
-    bound = max(math.exp(float(logs.mean()) + _SPREADS * spread), *errors, 0.0)
+    bound = max(math.exp(float(logs.mean()) + _SPREADS * spread), _MARGIN * max(errors))
     numbers = (sum(errors) / len(errors), max(errors), bound)
     mean, largest, bound = (float(f"{number:.4g}") for number in numbers)
     return Measured(cache=cache, strength=strength, passes=round(passes, 2), mean=mean, largest=largest, bound=bound)
@@ -197,16 +216,26 @@ def summarize(cache: str, strength: float, passes: float, errors: Sequence[float
 # --- the caches ---------------------------------------------------------------------------------------------------------
 
 
+def _early_steps(schedule: Schedule) -> int:
+    return math.ceil(_EARLY * schedule.steps)
+
+
 def _mag(strength: float, schedule: Schedule) -> MagCacheConfig:
-    return MagCacheConfig(threshold=strength, mag_ratios=list(schedule.residuals.ratios), num_inference_steps=schedule.steps)
+    ratios = list(schedule.residuals.ratios)
+    return MagCacheConfig(threshold=strength, retention_ratio=_EARLY, mag_ratios=ratios, num_inference_steps=schedule.steps)
 
 
-def _taylor(strength: float, _: Schedule) -> TaylorSeerCacheConfig:
-    return TaylorSeerCacheConfig(cache_interval=int(strength), use_lite_mode=True, taylor_factors_dtype=torch.float32)
+def _taylor(strength: float, schedule: Schedule) -> TaylorSeerCacheConfig:
+    return TaylorSeerCacheConfig(
+        cache_interval=int(strength),
+        disable_cache_before_step=_early_steps(schedule),
+        use_lite_mode=True,
+        taylor_factors_dtype=torch.float32,
+    )
 
 
 def _tea(strength: float, schedule: Schedule) -> TeaCacheConfig:
-    return TeaCacheConfig(threshold=strength, coefficients=schedule.residuals.coefficients)
+    return TeaCacheConfig(threshold=strength, coefficients=schedule.residuals.coefficients, computed_first=_early_steps(schedule))
 
 
 CACHES: dict[str, Callable[[float, Schedule], Any]] = {
@@ -230,12 +259,12 @@ def strengths(cache: str, schedule: Schedule) -> list[float]:
     """Strengths worth measuring, from weak to strong: thresholds follow from the residuals."""
     residuals = schedule.residuals
     if cache == "first_block":
-        return _quantiles(residuals.first_block[1:], (0.3, 0.5, 0.7))
+        return _quantiles(residuals.first_block[1:], (0.5,))
     if cache == "tea":
-        return [round(factor * _quantiles(residuals.changes[1:], (0.5,))[0], 4) for factor in (1.2, 1.7, 2.4)]
+        return [round(factor * _quantiles(residuals.changes[1:], (0.5,))[0], 4) for factor in (1.2, 1.7)]
     if cache == "mag":
-        return [round(factor * _quantiles([abs(1 - ratio) for ratio in residuals.ratios[1:]], (0.5,))[0], 4) for factor in (0.9, 1.2, 3.0)]
-    return [0.08, 0.12, 0.18] if cache == "sea" else [2.0, 3.0]
+        return [round(factor * _quantiles([abs(1 - ratio) for ratio in residuals.ratios[1:]], (0.5,))[0], 4) for factor in (1.2,)]
+    return {"sea": [0.08, 0.12], "taylor": [2.0, 3.0, 4.0]}.get(cache, [2.0])
 
 
 def _quantiles(values: Sequence[float], shares: Sequence[float]) -> list[float]:

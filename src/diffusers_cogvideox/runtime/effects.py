@@ -231,6 +231,21 @@ def _backend_is_chosen(pipe: Any) -> bool:
     return chosen or _AttentionBackendRegistry._active_backend != AttentionBackendName.NATIVE
 
 
+def _shared(pipe: Any) -> list[Any]:
+    """The attention layers that know of other ranks."""
+    return [layer for layer in _dispatching(pipe) if getattr(layer.processor, "_parallel_config", None) is not None]
+
+
+def _quantised(pipe: Any) -> list[nn.Module]:
+    """The linear layers whose weights are no ordinary parameters."""
+    layers = [layer for layer in _layers(pipe) if "Linear" in type(layer).__name__ and getattr(layer, "weight", None) is not None]
+    return [layer for layer in layers if type(layer) is not nn.Linear or type(layer.weight.data) is not Tensor]
+
+
+def _blocks(pipe: Any) -> list[Any]:
+    return list(getattr(pipe.transformer, "transformer_blocks", []))
+
+
 def _accelerate_hooks(pipe: Any) -> list[tuple[Any, str]]:
     return [(layer._hf_hook, "pre_forward") for layer in _layers(pipe) if hasattr(layer, "_hf_hook")]
 
@@ -264,6 +279,43 @@ for _effect in (
     Effect("group offloading", lambda pipe: bool(_hooked("group_offloading", pipe)), partial(_hook_calls, "group_offloading"), _AGAIN),
     Effect("CPU offloading", lambda pipe: bool(_accelerate_hooks(pipe)), partial(_calls_of_functions, _accelerate_hooks), _AGAIN),
     Effect("compilation", lambda pipe: bool(_compiled(pipe)), partial(_calls_of_functions, _compiled_calls), _AGAIN),
+    Effect(
+        "streamed weights",
+        lambda pipe: bool(_hooked("cogvideox_streaming", pipe)),
+        partial(_hook_calls, "cogvideox_streaming"),
+        "call stop_streaming(model) and stream(model, device) again",
+    ),
+    Effect(
+        "quantisation",
+        lambda pipe: getattr(pipe.transformer, "is_quantized", False),
+        partial(calls_of, _quantised),
+        "no quantised layer was called; quantise the transformer that the pipeline holds",
+    ),
+    Effect(
+        "parallelism",
+        lambda pipe: getattr(pipe.transformer, "_parallel_config", None) is not None,
+        partial(calls_of, _shared),
+        "no attention layer knows of the other ranks; call enable_parallelism or share_work after setting attention processors",
+    ),
+    Effect(
+        "samples one by one",
+        lambda pipe: any(getattr(block, "one_by_one", False) for block in _blocks(pipe)),
+        partial(calls_of, lambda pipe: [block.attn1 for block in _blocks(pipe)]),
+        "call split_batch() again",
+    ),
+    Effect(
+        "feed-forward networks in chunks",
+        lambda pipe: any(getattr(block, "ff_tokens", None) for block in _blocks(pipe)),
+        partial(calls_of, lambda pipe: [block.ff for block in _blocks(pipe)]),
+        "call chunk_feed_forward(tokens) again",
+    ),
+    Effect(
+        "released modulation",
+        lambda pipe: getattr(pipe.transformer, "releases_modulation", False),
+        _not_counted,
+        "",
+        conditional=True,  # only acts on weights that are on an accelerator
+    ),
     Effect("tiles of the VAE", lambda pipe: getattr(pipe.vae, "use_tiling", False), _not_counted, "", conditional=True),
     Effect("slices of the VAE", lambda pipe: getattr(pipe.vae, "use_slicing", False), _not_counted, "", conditional=True),
 ):

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from diffusers.models._modeling_parallel import ContextParallelConfig, TensorParallelConfig
+from diffusers.utils import logging
 from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -20,7 +21,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from ..models.collectives import gather, require_ranks
 from ..models.parallel import rank_device_type
 
-__all__ = ["MODES", "Roles", "check_same_start", "divide_roles", "share_work"]
+__all__ = ["MODES", "Roles", "check_same_start", "divide_roles", "share_work", "shares_batches"]
+
+logger = logging.get_logger(__name__)
 
 MODES = ("auto", "cfg", "ulysses", "ring", "tensor")
 
@@ -107,6 +110,27 @@ def share_work(pipe: Any, mode: str = "auto", *, guided: bool = True) -> Roles:
     if dist.get_world_size() > 1:
         pipe.vae.enable_row_parallelism()
     return roles
+
+
+def shares_batches(transformer: Any, samples: int, *, guider: bool = False) -> bool:
+    """Whether ranks share the batches of a call with so many samples, halves of guidance counted; warns where they have nothing to share.
+
+    Raises ValueError for a guider, which predicts one half after the other.
+    """
+    group = getattr(transformer, "batch_group", None)
+    if group is None:
+        return False
+    if guider:
+        raise ValueError(
+            "A guider makes its predictions one after the other, which leaves ranks that share a batch nothing to share: call "
+            "pipe.transformer.disable_batch_parallelism() and share tokens (enable_parallelism), or leave the guider out."
+        )
+    if samples < group.size:
+        logger.warning(
+            f"This call predicts {samples} sample at a time, which {group.size} ranks cannot share: each computes all of it. Share "
+            "tokens in place of the halves of guidance: parallel='ulysses'."
+        )
+    return True
 
 
 def check_same_start(transformer: Any, *tensors: Tensor) -> None:
