@@ -64,6 +64,7 @@ def facts(path: Path) -> dict:
     """What the JSON file beside a video says, but for what time decides."""
     content = json.loads(path.with_suffix(".json").read_text())
     assert set(content.pop("seconds")) == {"load", "denoise", "decode", "write"}
+    content.pop("memory", None)  # of `generate`
     return content
 
 
