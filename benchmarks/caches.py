@@ -125,39 +125,41 @@ def compare(
         done = first + len(part)
         print(done, "videos of each row", flush=True)
         table = {name: found.to_json(done) for name, found in tallies.items()}
-        write_result(path, {"prompts": done, "batch": BATCH, "front": front(table), "rows": table})
+        write_result(path, {"prompts": done, "batch": BATCH, "fronts": fronts(table), "rows": table})
     return table
 
 
-def front(table: dict[str, Any]) -> list[str]:
-    """Rows that no other one beats in passes and in adherence (of equals, the one closest to the reference), few passes first."""
+def front(table: dict[str, Any], key: str) -> list[str]:
+    """Rows that no other one beats in passes and in `key` (of equals, the one closest to the reference), few passes first."""
+    known = [(name, row) for name, row in table.items() if row[key] is not None]
     best: list[str] = []
-    for name, row in sorted(table.items(), key=lambda pair: (pair[1]["passes"], -pair[1]["all_correct"], pair[1]["error"])):
-        if not best or row["all_correct"] > table[best[-1]]["all_correct"]:
+    for name, row in sorted(known, key=lambda pair: (pair[1]["passes"], -pair[1][key], pair[1]["error"])):
+        if not best or row[key] > table[best[-1]][key]:
             best.append(name)
     return best
 
 
-def plot(table: dict[str, Any], best: Sequence[str], path: Path) -> None:
+def fronts(table: dict[str, Any]) -> dict[str, list[str]]:
+    """By adherence, where another video of the prompt is as good, and by PSNR, where it must be the same one."""
+    return {key: front(table, key) for key in ("all_correct", "psnr")}
+
+
+def plot(table: dict[str, Any], path: Path) -> None:
     """Adherence and PSNR against passes."""
-    import matplotlib as mpl
+    from matplotlib.figure import Figure
 
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(14, 6))
-    for axis, key, title in zip(axes, ("all_correct", "psnr"), ("all correct", "PSNR to 20 steps without a cache, dB"), strict=True):
-        for name, row in table.items():
+    figure = Figure(figsize=(14, 6), layout="constrained")
+    titles = {"all_correct": "all correct", "psnr": "PSNR to 20 steps without a cache, dB"}
+    for place, (key, best) in enumerate(fronts(table).items()):
+        axes = figure.add_subplot(1, 2, place + 1, xlabel="computed passes", ylabel=titles[key])
+        for number, (name, row) in enumerate(table.items()):
             if row[key] is not None:
-                axis.plot(row["passes"], row[key], "o", color="C3" if name in best else "C0")
-                axis.annotate(name, (row["passes"], row[key]), fontsize=7, xytext=(4, 3), textcoords="offset points")
-        axis.set_xlabel("computed passes")
-        axis.set_ylabel(title)
-        axis.grid(alpha=0.3)
-    axes[0].plot([table[name]["passes"] for name in best], [table[name]["all_correct"] for name in best], color="C3", linewidth=1)
-    figure.tight_layout()
+                axes.plot(row["passes"], row[key], "o", color="C3" if name in best else "C0")
+                offset = (4, 4 + 9 * (number % 3))
+                axes.annotate(name, (row["passes"], row[key]), fontsize=7, xytext=offset, textcoords="offset points")
+        axes.plot([table[name]["passes"] for name in best], [table[name][key] for name in best], color="C3", linewidth=1)
+        axes.grid(alpha=0.3)
     figure.savefig(path, dpi=90)
-    plt.close(figure)
 
 
 def bound(pipe: CogVideoXPipeline, prompts: Sequence[ShapesPrompt], call: dict[str, Any], max_error: float) -> dict[str, Any]:
@@ -201,10 +203,10 @@ def main() -> None:
     path = Path(options.output or RESULTS / "caches.json")
     rows = [row for row in rows_of(pipe) if options.rows is None or row[0] in options.rows]
     table = compare(pipe, prompts, call, rows, path)
-    best = front(table)
-    plot(table, best, path.with_suffix(".png"))
+    plot(table, path.with_suffix(".png"))
     for name, row in table.items():
-        print("*" if name in best else " ", f"{name:<26}", row)
+        print(f"{name:<26}", row)
+    print(fronts(table))
 
 
 if __name__ == "__main__":
