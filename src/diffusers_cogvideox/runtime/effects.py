@@ -231,11 +231,6 @@ def _backend_is_chosen(pipe: Any) -> bool:
     return chosen or _AttentionBackendRegistry._active_backend != AttentionBackendName.NATIVE
 
 
-def _shared(pipe: Any) -> list[Any]:
-    """The attention layers that know of other ranks."""
-    return [layer for layer in _dispatching(pipe) if getattr(layer.processor, "_parallel_config", None) is not None]
-
-
 def _quantised(pipe: Any) -> list[nn.Module]:
     """The linear layers whose weights are no ordinary parameters."""
     layers = [layer for layer in _layers(pipe) if "Linear" in type(layer).__name__ and getattr(layer, "weight", None) is not None]
@@ -294,8 +289,8 @@ for _effect in (
     Effect(
         "parallelism",
         lambda pipe: getattr(pipe.transformer, "_parallel_config", None) is not None,
-        partial(calls_of, _shared),
-        "no attention layer knows of the other ranks; call enable_parallelism or share_work after setting attention processors",
+        partial(calls_of, _dispatching),  # which are handed how the tokens are spread, or have a share of the heads
+        "no attention layer takes part; call set_attn_processor(CogVideoXAttnProcessor())",
     ),
     Effect(
         "samples one by one",
