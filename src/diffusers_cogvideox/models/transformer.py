@@ -246,7 +246,9 @@ class CogVideoXTransformer3DModel(  # type: ignore[misc]
         if self.float32_residual:
             text, video = text.float(), video.float()
 
-        video = self._through_blocks(video, text, temb, image_rotary_emb, attention_kwargs)
+        streams = [text, video]
+        del text, video  # the first block's input shall not outlive it
+        video = self._through_blocks(streams, temb, image_rotary_emb, attention_kwargs)
         video = self.norm_out(self.norm_final(video), temb)
         video = self.proj_out(video)
         sample = unpatchify(spread.whole(video) if spread else video, grid, self.geometry)
@@ -254,9 +256,10 @@ class CogVideoXTransformer3DModel(  # type: ignore[misc]
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def _through_blocks(
-        self, video: Tensor, text: Tensor, temb: Tensor, rotary: tuple[Tensor, Tensor] | None, options: dict[str, Any] | None
+        self, streams: list[Tensor], temb: Tensor, rotary: tuple[Tensor, Tensor] | None, options: dict[str, Any] | None
     ) -> Tensor:
-        """Video tokens (B, N, D) behind the last block."""
+        """Video tokens (B, N, D) behind the last block, from the two streams [text (B, L, D), video (B, N, D)], which are taken out."""
+        video, text = streams.pop(), streams.pop()
         for block in self.transformer_blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 video, text = self._gradient_checkpointing_func(block, video, text, temb, rotary, options)
