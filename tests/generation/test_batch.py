@@ -37,7 +37,7 @@ def batch(folder, tmp_path):
 def loads(monkeypatch) -> list:
     """Grows with every loading of weights."""
     count, load = [], generating.load_pipeline
-    monkeypatch.setattr(generating, "load_pipeline", lambda settings: count.append(1) or load(settings))
+    monkeypatch.setattr(generating, "load_pipeline", lambda *given: count.append(1) or load(*given))
     return count
 
 

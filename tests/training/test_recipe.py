@@ -27,10 +27,11 @@ def test_recipes_make_a_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[s
     train("transformer_images", tmp_path / "pictures", *parts)
     train("transformer", tmp_path / "transformer", *parts, "--init_from", str(tmp_path / "pictures" / "final"))
     assert "curves.png" in capsys.readouterr().out
+    train("transformer_motion", tmp_path / "motion", *parts, "--init_from", str(tmp_path / "transformer" / "final"))
     for name in ("image_to_video", "inpaint"):
         train(name, tmp_path / name, *parts, "--init_from", str(tmp_path / "transformer" / "final"))
 
-    text, image, ends = (tmp_path / name / "pipeline" for name in ("transformer", "image_to_video", "inpaint"))
+    text, image, ends = (tmp_path / name / "pipeline" for name in ("motion", "image_to_video", "inpaint"))
     shipped = [file for folder in (text, image / "transformer") for file in folder.rglob("*")]
     assert sum(file.stat().st_size for file in shipped) < 24 * 2**20
     call = {"prompt": "a red circle moves right", "num_frames": 9, "num_inference_steps": 1, "output_type": "pt"}
@@ -44,5 +45,5 @@ def test_recipes_make_a_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_every_recipe_is_trained_here() -> None:
-    trained = {"vae", "vae_decoder", "text_encoder", "transformer_images", "transformer", "image_to_video", "inpaint"}
+    trained = {"vae", "vae_decoder", "text_encoder", "transformer_images", "transformer", "transformer_motion", "image_to_video", "inpaint"}
     assert {path.stem for path in RECIPES.glob("*.yaml")} == trained
