@@ -1,5 +1,8 @@
 """The VAE against stock, against the original code's recorded outputs, and by the properties it promises."""
 
+import copy
+from statistics import geometric_mean
+
 import pytest
 import torch
 from diffusers.hooks import apply_group_offloading
@@ -97,15 +100,17 @@ def test_gradients_match_diffusers(pair):
 
 
 def test_bf16_error_is_not_above_stocks(pair):
-    ours, stock = pair
-    x, z = torch.randn(2, 3, 9, 32, 32), torch.randn(2, 4, 5, 4, 4)
-    exact = moments(stock, x), frames(stock, z)
-    errors = []
-    for vae in (ours.bfloat16(), stock.bfloat16()):
-        rounded = moments(vae, x.bfloat16()), frames(vae, z.bfloat16())
-        errors.append([(a.float() - b).square().mean().sqrt() for a, b in zip(rounded, exact, strict=True)])
-    for mine, theirs in zip(*errors, strict=True):
-        assert mine <= 1.05 * theirs
+    """On average over weights: with one set of so few, rounding favours either by a tenth or more."""
+    ratios = []
+    for seed in range(12):
+        ours, stock = (copy.deepcopy(vae) for vae in pair)
+        stock.load_state_dict(randomize(ours, seed=seed).state_dict())
+        x, z = torch.randn(1, 3, 9, 16, 24), torch.randn(1, 4, 3, 2, 3)
+        exact = moments(stock, x), frames(stock, z)
+        found = [(moments(vae, x.bfloat16()), frames(vae, z.bfloat16())) for vae in (ours.bfloat16(), stock.bfloat16())]
+        mine, theirs = ([(a.float() - b).square().mean().sqrt() for a, b in zip(rounded, exact, strict=True)] for rounded in found)
+        ratios.append([float(a / b) for a, b in zip(mine, theirs, strict=True)])
+    assert all(geometric_mean(of_one) <= 1.05 for of_one in zip(*ratios, strict=True)), ratios
 
 
 @pytest.mark.parametrize("released", ["2b", "5b", "1.5-5b"])

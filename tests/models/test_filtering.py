@@ -17,7 +17,7 @@ from diffusers_cogvideox.models.filtering import (
 
 
 def matrices(filtering):
-    return (torch.tensor(m, dtype=torch.float64) for m in (filtering.data, filtering.taps, filtering.result))
+    return [torch.tensor(m, dtype=torch.float64) for m in (filtering.data, filtering.taps, filtering.result)]
 
 
 @pytest.mark.parametrize("filtering", [DIRECT, MINIMAL_2, MINIMAL_4], ids=["direct", "minimal 2", "minimal 4"])
@@ -40,8 +40,9 @@ def test_doubled_frames_are_a_filter_over_equal_pairs():
 
 
 @pytest.mark.parametrize("filtering", [FIRST, DIRECT, MINIMAL_2, MINIMAL_4, DOUBLED])
-def test_one_product_carries_the_bias(filtering):
-    assert all(row[filtering.biased] == 1 for row in filtering.result)
+def test_the_products_carry_one_bias_together(filtering):
+    shares, result = torch.tensor(filtering.bias, dtype=torch.float64), matrices(filtering)[2]
+    torch.testing.assert_close(result @ shares, torch.ones(filtering.outputs, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("largest", [1, 2, 4])
@@ -65,11 +66,12 @@ def causal(frames, history, weight, bias):
     return F.conv3d(video, weight, bias, padding=(0, 1, 1)).movedim(1, -1)
 
 
-def by_steps(work, count, weight, bias, dtype, **kind):
+def by_steps(work, count, weight, bias, dtype, by_rows=None, **kind):
     out = torch.full((len(work), count, *work.shape[2:4], len(weight)), float("nan"), dtype=dtype)
     rows = F.pad(work, (0, 0, 0, 0, 1, 1)).to(dtype)
     for step in steps_for(**kind):
-        filter_frames(rows, transformed_taps(weight, step.filtering, dtype), bias.to(dtype), step, out, add=False)
+        taps = transformed_taps(weight, step.filtering, dtype, by_rows)
+        filter_frames(rows, taps, bias.to(dtype), step, out, add=False, rows=by_rows)
     return out
 
 
@@ -103,6 +105,28 @@ def test_doubled_frames_equal_the_convolution_of_both(first, single):
     kind = {"frames": 3, "first": first, "doubled": True, "single": single, "largest": 4}
     found = by_steps(torch.cat([front, x], dim=1), both.shape[1], weight, bias, torch.float32, **kind)
     torch.testing.assert_close(found, causal(both, history, weight, bias), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("by_rows", [DIRECT, MINIMAL_2, MINIMAL_4], ids=["direct", "minimal 2", "minimal 4"])
+@pytest.mark.parametrize("height", [1, 4, 7])
+@pytest.mark.parametrize("first", [False, True])
+def test_rows_can_be_filtered_as_frames_are(first, height, by_rows):
+    """Heights that windows of rows divide and do not; every kind of step."""
+    x, before = torch.randn(2, 8, height, 5, 6), torch.randn(2, 2, height, 5, 6)
+    history = x[:, :1].expand(-1, 2, -1, -1, -1) if first else before
+    weight, bias = torch.randn(7, 6, 3, 3, 3) / 162**0.5, torch.randn(7)
+    kind = {"frames": 8, "first": first, "doubled": False, "single": False, "largest": 4}
+    found = by_steps(torch.cat([history[:, int(first) :], x], dim=1), 8, weight, bias, torch.float32, by_rows, **kind)
+    torch.testing.assert_close(found, causal(x, history, weight, bias), rtol=0, atol=1e-5)
+
+
+def test_the_sum_of_taps_is_not_rounded_to_half_precision():
+    """As diffusers computes it: the first frame and its copies each meet their own tap."""
+    x, weight, bias = torch.randn(1, 1, 4, 5, 6).bfloat16(), torch.randn(7, 6, 3, 3, 3).bfloat16(), torch.zeros(7)
+    kind = {"frames": 1, "first": True, "doubled": False, "single": False, "largest": 1}
+    found = by_steps(x.expand(-1, 2, -1, -1, -1), 1, weight, bias, torch.bfloat16, **kind)
+    exact = causal(x.double(), x.double().expand(-1, 2, -1, -1, -1), weight.double(), bias.double())
+    torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-5)  # one rounding
 
 
 def test_outputs_can_be_added():

@@ -316,3 +316,14 @@ def test_the_place_of_the_video_decides_where_weights_are_offloaded(vae, monkeyp
     monkeypatch.setattr(AutoencoderKLCogVideoX, "device", torch.device("meta"))
     coded(vae, torch.randn(1, 3, 1, 8, 8), torch.randn(1, 4, 1, 1, 1))
     assert asked == ["cpu", "cpu"]
+
+
+def test_a_stream_that_is_broken_off_leaves_no_weights_of_an_offloaded_model(vae):
+    from accelerate import cpu_offload
+
+    cpu_offload(vae, execution_device=torch.device("cpu"))
+    stream = vae.decode_stream(torch.randn(1, 4, 7, 2, 2))
+    next(stream)
+    assert derived(vae)
+    stream.close()
+    assert not derived(vae)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from .causal_conv import CausalConv3d
-from .filtering import DIRECT, FIRST, Filtering, steps_for
+from .filtering import FIRST, Filtering, as_volume, steps_for
 from .frames import Bands, Frames
-from .rowwise import joint_frames
+from .rowwise import joint_frames, row_filtering
 from .vae_blocks import Downsample, ResnetBlock, Tower, Upsample
 
 __all__ = ["Accounting", "next_chunk"]
@@ -140,20 +140,21 @@ class Accounting:
         in_row, out_row = (batch * width * c * self.dtype.itemsize for c in (channels, conv.conv.out_channels))
         self.kept[conv] = keeps * height * in_row
         steps = steps_for(frames, first=self.first, doubled=x.doubled, single=x.single, largest=joint_frames(self.dtype, self.device))
+        by_rows = row_filtering(conv, (height, width), self.dtype, self.device)
         most = summed = 0
         self._forget_derived(but=Upsample if self._is_lazy(x) else ())
         for filtering, _, count, _ in steps:
-            taps = conv.conv.weight.numel() * len(filtering.data) // 3
+            taps = self._taps(conv, filtering, by_rows)
             if (conv, filtering) not in self.derived:
                 self._note(held, self._combining(conv, taps, filtering))
             if filtering is FIRST:
                 summed = taps * self.dtype.itemsize
             else:
                 self.derived[conv, filtering] = taps * self.dtype.itemsize
-            if filtering is DIRECT and self.dtype != torch.float32:
+            if as_volume(filtering, self.dtype):
                 most = max(most, count * rows * out_row)
             else:
-                most = max(most, len(filtering.data) * count * (around * in_row + 2 * rows * out_row))
+                most = max(most, count * _products(filtering, by_rows, rows, in_row, out_row))
         work = summed + (length + frames) * around * in_row + most
         if self._is_lazy(x):  # made first, convolved then
             made = self._made(x, rows + 2)
@@ -166,9 +167,16 @@ class Accounting:
         batch, _, height, width, _ = out.shape
         self.products += 2 * weight.numel() * batch * out.count * height * width
 
+    def _taps(self, conv: CausalConv3d, filtering: Filtering, by_rows: Filtering | None) -> int:
+        """How many numbers `transformed_taps` makes."""
+        weight = conv.conv.weight.numel()
+        if as_volume(filtering, self.dtype):
+            return weight
+        return weight * len(filtering.data) // 3 * (3 if by_rows is None else len(by_rows.data)) // 3
+
     def _combining(self, conv: CausalConv3d, taps: int, filtering: Filtering) -> int:
-        """Bytes that `transformed_taps` takes: the weight in float32, twice where it is kept in half precision, and `taps` numbers."""
-        if filtering is DIRECT and self.dtype != torch.float32:
+        """Bytes that making `taps` numbers takes: the weight in float32, twice where it is kept in half precision, and each combination."""
+        if as_volume(filtering, self.dtype):
             return taps * self.dtype.itemsize
         weight = conv.conv.weight
         copies = 1 if weight.dtype == torch.float32 else 2
@@ -177,6 +185,15 @@ class Accounting:
     def _note(self, *alive: int) -> None:
         caches = 0 if self.elsewhere else sum(self.kept.values())
         self.peak = max(self.peak, caches + sum(alive) + sum(self.derived.values()))
+
+
+def _products(filtering: Filtering, by_rows: Filtering | None, rows: int, in_row: int, out_row: int) -> int:
+    """Bytes that `filter_frames` takes for one window of frames: their combinations, all products, and what making one of them takes."""
+    if by_rows is None:
+        return len(filtering.data) * ((rows + 2) * in_row + rows * out_row) + rows * out_row
+    windows = -(-rows // by_rows.outputs)
+    made = windows * by_rows.outputs
+    return len(filtering.data) * ((made + 2) * in_row + made * out_row) + len(by_rows.data) * windows * (in_row + 2 * out_row)
 
 
 def next_chunk(before: Accounting) -> Accounting:

@@ -241,40 +241,24 @@ class AutoencoderKLCogVideoX(TilingMixin, RowParallelMixin, ModelMixin, Autoenco
         return self._chunks(coder, chunks, x.shape[2])
 
     def _chunks(self, coder: _Coder, chunks: Iterable[Tensor], frames: int) -> Iterator[Tensor]:
-        """Code the chunks of a video of `frames` frames, one after the other.
-
-        When the first chunk, the largest, finds too little memory, it is done again in smaller bands.
-        """
-        cache, ways = None, None
-        for chunk in chunks if coder.before is None else map(coder.before, chunks):
-            share = self.row_share(chunk.shape[3]) if coder.name == "decode" else None
-            if self._as_written(coder, chunk):
-                if share is not None:
-                    raise ValueError(
-                        "Rows are shared by ranks without gradients and without compilation only: decode under torch.no_grad(), or call "
-                        "disable_row_parallelism()."
-                    )
-                if torch.is_grad_enabled():
-                    forget(coder.tower)  # the weights are about to change
-                cache = ConvCache() if cache is None else cache.advance()
-                yield coder(chunk, Textbook(cache, chunk if coder.name == "decode" else None))
-                continue
-            height = chunk.shape[3] if share is None else share.sizes[share.group.rank]
-            ways = ways or self._ways(coder, (*chunk.shape[:2], frames, height, chunk.shape[4]), chunk.device)
-            piece = None
-            while piece is None:
-                current = _new_cache(ways[0], chunk.device) if cache is None else cache.advance()
-                try:
-                    piece = coder.exactly(chunk, current, ways[0], share)
-                except (RuntimeError, MemoryError) as error:
-                    if cache is not None or len(ways) == 1 or share is not None or not is_out_of_memory(error):
-                        raise
-                    ways = ways[1:]
-                    logger.warning(f"The VAE found too little memory and goes on in smaller parts: {ways[0]}.")
-            cache = current
-            yield piece
-        if any(hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook") for module in self.modules()):
-            forget(coder.tower)  # offloaded weights are gone: what was derived from them has no business on the device
+        """Code the chunks of a video of `frames` frames, one after the other."""
+        cache: ConvCache | None = None
+        ways: list[Saving] = []
+        try:
+            for chunk in chunks if coder.before is None else map(coder.before, chunks):
+                share = self.row_share(chunk.shape[3]) if coder.name == "decode" else None
+                if self._as_written(coder, chunk):
+                    cache = ConvCache() if cache is None else cache.advance()
+                    yield _by_textbook(coder, chunk, cache, share)
+                    continue
+                height = chunk.shape[3] if share is None else share.sizes[share.group.rank]
+                ways = ways or self._ways(coder, (*chunk.shape[:2], frames, height, chunk.shape[4]), chunk.device)
+                piece, cache, ways = _in_memory(coder, chunk, cache, ways, share)
+                yield piece
+                del piece
+        finally:  # also where whoever reads the pieces stops
+            if any(hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook") for module in self.modules()):
+                forget(coder.tower)  # offloaded weights are gone: what was derived from them has no business on the device
 
     def _as_written(self, coder: _Coder, x: Tensor) -> bool:
         """Whether to compute each layer as it is written down: for gradients, for compilers, and on request."""
@@ -338,6 +322,36 @@ def _is_compiled(model: nn.Module) -> bool:
 
 def _new_cache(saving: Saving, device: torch.device) -> ConvCache:
     return HostConvCache(device) if saving.offload else ConvCache()
+
+
+def _by_textbook(coder: _Coder, chunk: Tensor, cache: ConvCache, share: RowShare | None) -> Tensor:
+    """One chunk (B, C, F, H, W) as it is written down. Raises ValueError where rows are shared by ranks."""
+    if share is not None:
+        raise ValueError(
+            "Rows are shared by ranks without gradients and without compilation only: decode under torch.no_grad(), or call "
+            "disable_row_parallelism()."
+        )
+    if torch.is_grad_enabled():
+        forget(coder.tower)  # the weights are about to change
+    return coder(chunk, Textbook(cache, chunk if coder.name == "decode" else None))
+
+
+def _in_memory(
+    coder: _Coder, chunk: Tensor, cache: ConvCache | None, ways: list[Saving], share: RowShare | None
+) -> tuple[Tensor, ConvCache, list[Saving]]:
+    """One chunk (B, C, F, H, W) in the first of the `ways` for which there is memory: the result, its cache, and the ways that are left.
+
+    Only the first chunk, the largest, goes on to the next way: caches are updated in place, and other ranks would not know.
+    """
+    while True:
+        current = _new_cache(ways[0], chunk.device) if cache is None else cache.advance()
+        try:
+            return coder.exactly(chunk, current, ways[0], share), current, ways
+        except (RuntimeError, MemoryError) as error:
+            if cache is not None or len(ways) == 1 or share is not None or not is_out_of_memory(error):
+                raise
+            ways = ways[1:]
+            logger.warning(f"The VAE found too little memory and goes on in smaller parts: {ways[0]}.")
 
 
 def _in_spans(pieces: Iterable[Tensor], coder: _Coder, num_frames: int) -> Iterator[Tensor]:

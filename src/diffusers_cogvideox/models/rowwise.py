@@ -2,7 +2,8 @@
 
 The same function as `textbook`, up to rounding, without gradients:
 
-* convolutions along time by `filtering`; frames that the decoder doubles are kept, normalised and convolved once,
+* convolutions along time, and on a processor along rows, by `filtering`,
+* frames that the decoder doubles are kept, normalised and convolved once,
 * nearest upsampling and the 3x3 convolution behind it as one 2x2 convolution per output phase: 4/9 of the work,
 * normalisation, modulation by the latent and activation of a band just before it is convolved, in one buffer that also holds the frames of
   the chunk before: nothing is concatenated, and a feature map is read once and written once,
@@ -23,14 +24,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .causal_conv import CausalConv3d, ConvCache, Past
-from .filtering import FIRST, Filtering, filter_frames, steps_for, transformed_taps
+from .filtering import FIRST, MINIMAL_4, Filtering, filter_frames, steps_for, transformed_taps
 from .frames import Bands, Frames, double_frames
 from .leaves import Conv2d, Conv3d, GroupNorm
 from .norms import group_statistics, norm_affine, normalise
 from .row_share import Border, RowShare
 from .vae_blocks import Downsample, ResnetBlock, SpatialNorm, Tower, Upsample
 
-__all__ = ["Rowwise", "joint_frames"]
+__all__ = ["Rowwise", "joint_frames", "row_filtering"]
 
 # Writes what is convolved, from rows (B, F, rows, W, C) that begin at a row of the map, to a buffer of the same shape.
 Prepare = Callable[[Tensor, int, Tensor], None]
@@ -46,6 +47,20 @@ def joint_frames(dtype: torch.dtype, device: torch.device) -> int:
     if dtype == torch.float32:
         return 4
     return 1 if device.type == "cpu" and torch.cpu._is_amx_tile_supported() else 2
+
+
+_FILTERED = 64  # channels from which on saved multiplications outweigh the passes over memory that save them
+
+
+def row_filtering(conv: CausalConv3d, size: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Filtering | None:
+    """How the rows of maps of `size` (H, W) are filtered in a convolution; None where the library's own way is as good.
+
+    It pays on a processor in float32, where multiplications are what takes the time, unless the map has few channels, or so few pixels that
+    reading the taps, four times as many numbers as the weight has, takes longer than convolving with them.
+    """
+    widths = (conv.conv.in_channels, conv.conv.out_channels)
+    pays = min(widths) >= _FILTERED and size[0] * size[1] >= max(widths)
+    return MINIMAL_4 if pays and dtype == torch.float32 and device.type == "cpu" else None
 
 
 @dataclass
@@ -189,7 +204,8 @@ class Rowwise:
         past = Past(self.cache, conv, doubled=x.doubled, single=x.single, inner=inner)
         largest = joint_frames(self.dtype, self.device)
         steps = list(steps_for(frames, first=past.first, doubled=x.doubled, single=x.single, largest=largest))
-        taps, bias = conv.conv(lambda layer: ([self._taps(layer, step.filtering) for step in steps], self._bias(layer)))
+        by_rows = row_filtering(conv, (height, width), self.dtype, self.device)
+        taps, bias = conv.conv(lambda layer: ([self._taps(layer, step.filtering, by_rows) for step in steps], self._bias(layer)))
         out = onto if onto is not None else self._empty(batch, x.count, height, width, conv.conv.out_channels)
         for start, stop in self.bands.over(height, x.row_bytes(self.dtype)):
             above, below = int(start > 0), int(stop < height)
@@ -205,7 +221,7 @@ class Rowwise:
             inside = work[:, :, int(not (above or inner[0])) : work.shape[2] - int(not (below or inner[1]))]
             past.exchange(inside, start, stop, height)
             for step, step_taps in zip(steps, taps, strict=True):
-                filter_frames(work, step_taps, bias, step, out[:, :, start:stop], add=onto is not None)
+                filter_frames(work, step_taps, bias, step, out[:, :, start:stop], add=onto is not None, rows=by_rows)
             if beside is not None:
                 beside(rows[:, :, above : above + stop - start], start)
             del rows, work, inside  # before the next band's are made
@@ -227,11 +243,12 @@ class Rowwise:
     def _bias(self, layer: Conv2d | Conv3d) -> Tensor | None:
         return None if layer.bias is None else layer.bias.detach().to(self.dtype)
 
-    def _taps(self, layer: Conv3d, filtering: Filtering) -> Tensor:
+    def _taps(self, layer: Conv3d, filtering: Filtering, rows: Filtering | None) -> Tensor:
         def make(weight: Tensor) -> Tensor:
-            return transformed_taps(weight, filtering, self.dtype)
+            return transformed_taps(weight, filtering, self.dtype, rows)
 
-        return self._derived(layer, (filtering, self.dtype), make, keep=filtering is not FIRST)  # which the first chunk alone needs
+        # What the first frame takes, the first chunk alone needs.
+        return self._derived(layer, (filtering, rows, self.dtype), make, keep=filtering is not FIRST)
 
     def _phases(self, layer: Conv2d) -> Tensor:
         return self._derived(layer, ("phases", self.dtype), lambda weight: upsampling_phases(weight).to(self.dtype))
