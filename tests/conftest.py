@@ -1,6 +1,7 @@
 """Markers, offline mode and small helpers for the whole suite."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -35,6 +36,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def seeded() -> None:
     """Every test starts from the same random state."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def modes_come_back() -> Iterator[None]:
+    """A mode that one test leaves behind would change what later ones see."""
+    yield
+    left, _ = torch.is_grad_enabled(), torch.set_grad_enabled(True)
+    assert left, "gradients are still off after this test"
 
 
 @pytest.fixture
