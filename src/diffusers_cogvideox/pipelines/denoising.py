@@ -50,7 +50,8 @@ def denoise(
         negative_prompt_embeds: (B, L, D_text), or None without guidance.
         step: what a step does with its prediction, by default the scheduler's own.
 
-    Raises ValueError for what is not possible here, for an optimisation that is on and does nothing, and for ranks that start apart."""
+    Raises ValueError for what is not possible here, for an optimisation that is on and does nothing, and for ranks that start apart.
+    """
     rule, guided = dynamic_rule(request.use_dynamic_cfg), steps_inside(request.guidance_interval, len(timesteps), "guidance_interval")
     predict = Predictor.of(pipe, condition, request, len(timesteps))
     step = step or make_stepper(pipe.scheduler, eta=request.eta, generator=request.generator)
@@ -67,10 +68,10 @@ def denoise(
             if pipe.interrupt:
                 break
             pipe._current_timestep = timestep = timesteps[index]
-            place: dict[str, Any] = {"step_index": index, "num_inference_steps": len(timesteps), "timestep": value}
-            place["sigma"] = flow_level(pipe.scheduler, value)
-            rest = {"index": index, "timestep": value, "steps": len(timesteps)}
-            scale = guidance_at(rule, pipe.guidance_scale, **rest) if pipe.do_classifier_free_guidance and index in guided else None
+            place = _place(pipe, index, value, len(timesteps))
+            scale = None
+            if pipe.do_classifier_free_guidance and index in guided:
+                scale = guidance_at(rule, pipe.guidance_scale, index=index, timestep=value, steps=len(timesteps))
             latents = condition.hold(tensors["latents"], timestep)
             prediction = predict(pipe.scheduler.scale_model_input(latents, timestep), tensors["prompt_embeds"], timestep, scale, place)
             tensors["latents"] = step(prediction, timestep, latents).to(latents.dtype)
@@ -84,6 +85,11 @@ def denoise(
         if not pipe.interrupt:
             watched.finish(latents)
     return latents
+
+
+def _place(pipe: Any, index: int, timestep: float, steps: int) -> dict[str, Any]:
+    """Where the loop is, for caching hooks and messages."""
+    return {"step_index": index, "num_inference_steps": steps, "timestep": timestep, "sigma": flow_level(pipe.scheduler, timestep)}
 
 
 @dataclass(frozen=True, kw_only=True)
