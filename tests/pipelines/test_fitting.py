@@ -196,7 +196,7 @@ def test_stages_take_what_is_predicted(fresh, monkeypatch, mode, size):
     found = live_peaks(fresh, monkeypatch, num_frames=frames, height=height, width=width)
     monkeypatch.setattr("diffusers_cogvideox.runtime.memory.costs._FF_TOKENS", (None, 64))
     loops = {(o.mode.split_batch, o.mode.ff_tokens): o.device for o in costs.options("denoise", "resident")}
-    beside = costs.library()
+    beside = costs.workspace()
     assert loops[split, tokens] - costs.weights("transformer") - beside == pytest.approx(found["denoise"], rel=0.1)
     assert decoding.device - costs.weights("vae") - beside == pytest.approx(found["decode"], rel=0.2 if mode == "lean" else 0.1)
     (reading,) = costs.options("text", "resident")

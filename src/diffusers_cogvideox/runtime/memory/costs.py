@@ -34,7 +34,7 @@ _SPLIT, _CHUNKED, _LEAN, _UPCAST = 1.01, 1.01, 1.15, 1.05
 _PAGED = 3  # how much longer weights take from memory that is not pinned
 _FLOAT = 4  # bytes of a float32
 _STEP_COPIES = 10  # latents in float32 that guidance and the sampler's step hold at once
-_LIBRARY = 64 * 10**6  # bytes of the matrix library's own memory on an accelerator
+_WORKSPACE = 64 * 10**6  # bytes of the matrix library's own memory on an accelerator
 
 
 @dataclass(frozen=True)
@@ -150,9 +150,9 @@ class Costs:
         facts = self._part(part)
         return int(facts.block * self.lossy[quantisation]) if quantisation else facts.block_bytes(self.dtype)
 
-    def library(self) -> int:
+    def workspace(self) -> int:
         """Bytes of the matrix library's own memory: on a processor copies of the weights at work, about a block of the transformer."""
-        return self.block("transformer") if self.device == "cpu" else _LIBRARY
+        return self.block("transformer") if self.device == "cpu" else _WORKSPACE
 
     def _arrival(self, size: int, placement: Placement) -> float:
         """Seconds that bytes take to the device, outside of computing."""
@@ -175,7 +175,7 @@ class Costs:
         peak = text_encoder_peak(config, work.prompts, work.text_tokens, self.width)
         seconds = passes * self._in_blocks("text_encoder", placement, operations / passes / self.machine.compute)
         seconds += self._arrival(self.weights("text_encoder"), placement) if placement == "staged" else 0
-        device = self.on_device("text_encoder", placement) + peak + self._embeddings() + self.library()
+        device = self.on_device("text_encoder", placement) + peak + self._embeddings() + self.workspace()
         return Option(device, 0, seconds, PLACEMENTS.index(placement))
 
     def _embeddings(self) -> int:
@@ -194,7 +194,7 @@ class Costs:
     def _coded(self, coding: Coding, placement: Placement) -> Option:
         seconds = coding.operations * (_LEAN if coding.saving.lean else 1) / self.machine.compute
         seconds += self._arrival(self.weights("vae"), placement)
-        device = self.on_device("vae", placement) + coding.device + self.library()
+        device = self.on_device("vae", placement) + coding.device + self.workspace()
         return Option(device, coding.host, seconds, PLACEMENTS.index(placement) + coding.thrift, coding)
 
     def _denoising(self, placement: Placement, quantisation: str | None) -> Iterator[Option]:
@@ -243,7 +243,7 @@ class Costs:
         modulation = facts.modulation * self.width
         tables = modulation_table_bytes(config, self.work.steps, self.width) + rotary_bytes(config, part.tokens)
         weights = self.on_device("transformer", placement, mode.quantisation)
-        beside = tables + self._embeddings() + inputs + self.library()
+        beside = tables + self._embeddings() + inputs + self.workspace()
         # Before the loop all weights are there, and the tables; in it, weights that are put aside are not.
         device = beside + weights + max(part.peak() - (modulation if mode.release_modulation else 0), steps, 0)
 
