@@ -14,7 +14,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-__all__ = ["inside", "is_gguf", "read_content", "read_tensors"]
+__all__ = ["LATEST", "SAT_MODEL_FILE", "inside", "is_gguf", "newest", "read_content", "read_tensors"]
+
+LATEST = "latest"
+"""A file of SAT and DeepSpeed: the name of the folder with the newest weights."""
+
+SAT_MODEL_FILE = "mp_rank_00_model_states.pt"
+"""The file of such a folder that holds the weights of a model on a single rank."""
 
 _WRAPPERS = ("model", "module", "state_dict")  # what SAT, DeepSpeed and Lightning wrap a state dict in
 # Training files of SAT and DeepSpeed hold the state of NumPy's generator, an array; rebuilding arrays runs no foreign code.
@@ -100,6 +106,23 @@ def inside(folder: Path, name: str, source: Path) -> Path:
     if folder.resolve() not in path.resolve().parents:
         raise OSError(f"{source} names {name!r}, which is outside of its folder, so it is refused.")
     return path
+
+
+def newest(folder: Path) -> Path | None:
+    """The folder with the newest weights in the folder of a training run, as its file LATEST says; None where there is no such file.
+
+    Raises:
+        OSError: it lies elsewhere.
+        FileNotFoundError: it is not there.
+    """
+    says = folder / LATEST
+    if not says.is_file():
+        return None
+    tag = says.read_text(encoding="utf-8").strip()
+    place = inside(folder, tag, says)
+    if not place.is_dir():
+        raise FileNotFoundError(f"{says} names {tag!r}, but there is no folder {place}.")
+    return place
 
 
 def _start(path: Path) -> bytes:

@@ -8,22 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.lazy import LazyTensor, lazily
-from ..checkpoints.reading import inside, is_gguf, read_content, read_tensors
+from ..checkpoints.reading import LATEST, SAT_MODEL_FILE, inside, is_gguf, newest, read_content, read_tensors
 from ..checkpoints.zero import merge
 from ..pipelines.folder import INDEX, check_folder, read_json
 from ..pipelines.lora_files import find_lora_file
 from .detect import Group, Kind, sort_tensors
 from .gguf import read_gguf
 
-__all__ = ["LATEST", "SAT_CONFIGS", "Source", "open_source"]
-
-LATEST = "latest"
-"""A file of SAT and DeepSpeed: the name of the folder with the newest weights."""
+__all__ = ["SAT_CONFIGS", "Source", "open_source"]
 
 SAT_CONFIGS = "diffusers_configs.json"
 """A file beside checkpoints that were converted to SAT: what diffusers' configs say and tensors do not tell."""
 
-_MODEL_FILE = "mp_rank_00_model_states.pt"
 _WEIGHTS = (".safetensors", ".pt", ".bin", ".ckpt", ".pth", ".gguf")
 _CLASSES: dict[str, Kind] = {"CogVideoXTransformer3DModel": "transformer", "AutoencoderKLCogVideoX": "vae"}
 
@@ -191,15 +187,10 @@ def _ranks(file: Path) -> list[int]:
 
 def _training(folder: Path, trusted: bool) -> dict[Kind, Group]:
     """A checkpoint of SAT, of DeepSpeed, or of both."""
-    if (folder / LATEST).is_file():
-        tag = (folder / LATEST).read_text(encoding="utf-8").strip()
-        place = inside(folder, tag, folder / LATEST)
-        if not place.is_dir():
-            raise FileNotFoundError(f"{folder / LATEST} names {tag!r}, but there is no folder {place}.")
-        folder = place
+    folder = newest(folder) or folder
     models, optimizers = list(_training_files(folder)), sorted(folder.glob("*_optim_states.pt"), key=_ranks)
     if not models:
-        raise FileNotFoundError(f"{folder} holds no {_MODEL_FILE} and no files of ZeRO stage 3.")
+        raise FileNotFoundError(f"{folder} holds no {SAT_MODEL_FILE} and no files of ZeRO stage 3.")
     if sum(file.name.startswith("mp_rank_") for file in models) > 1:
         raise ValueError(f"{folder} was saved by a tensor-parallel model in {len(models)} parts. Merge them with the original code first.")
     if optimizers:

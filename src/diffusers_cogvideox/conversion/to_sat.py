@@ -12,12 +12,13 @@ import torch
 
 from ..checkpoints.lazy import LazyTensor
 from ..checkpoints.lora import Lora
+from ..checkpoints.reading import LATEST, SAT_MODEL_FILE
 from ..checkpoints.sat import MODEL_PREFIX, POSITIONS, ROPE_COS, ROPE_SIN, UNUSED_POSITIONS, transformer_rules, vae_rules
 from .loras import sat_lora, sat_lora_config
 from .parts import Part
 from .plan import Output, Weights
 from .positions import generated
-from .sources import LATEST, SAT_CONFIGS
+from .sources import SAT_CONFIGS
 from .text_encoder import copy_tokenizer, encoder_config, encoder_tensors
 
 __all__ = ["T5_FOLDER", "configs_file", "lora", "sat_tensors", "text_encoder", "transformer", "vae"]
@@ -26,7 +27,6 @@ T5_FOLDER = "t5-v1_1-xxl"
 """Where the configs of the original code look for the text encoder."""
 
 _TAG = "1"
-_FILE = "mp_rank_00_model_states.pt"
 _VAE_FILE = "3d-vae.pt"
 
 
@@ -46,7 +46,7 @@ def sat_tensors(part: Part) -> dict[str, LazyTensor]:
 def transformer(part: Part, place: str = "") -> Output:
     """`latest`, and the folder that it names with the pickle."""
     tensors = {f"{MODEL_PREFIX}{name}": tensor for name, tensor in sat_tensors(part).items()}
-    weights = Weights(f"{place}{_TAG}/{_FILE}", tensors, wrapper="module")
+    weights = Weights(f"{place}{_TAG}/{SAT_MODEL_FILE}", tensors, wrapper="module")
     return Output([weights], texts={f"{place}{LATEST}": _TAG})
 
 
@@ -59,7 +59,7 @@ def lora(found: Lora, dtype: torch.dtype | None) -> Output:
     """A LoRA in the place of a transformer."""
     config = sat_lora_config(found)
     notes = [f"for the lora_config of the original code's YAML file: r {config['r']}, lora_alpha {config['lora_alpha']:g}"]
-    return Output([sat_lora(found, f"{_TAG}/{_FILE}", dtype)], texts={LATEST: _TAG}, notes=notes)
+    return Output([sat_lora(found, f"{_TAG}/{SAT_MODEL_FILE}", dtype)], texts={LATEST: _TAG}, notes=notes)
 
 
 def text_encoder(folders: tuple[Path, Path], dtype: torch.dtype | None) -> Output:

@@ -13,7 +13,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 from torch import Tensor
 
 from ..checkpoints.lora import Lora, read_lora
-from ..checkpoints.reading import read_tensors
+from ..checkpoints.reading import SAT_MODEL_FILE, newest, read_tensors
 from .folder import read_json
 
 __all__ = ["WEIGHTS", "fetch_lora", "find_lora_file", "has_lora_file", "open_lora"]
@@ -24,8 +24,6 @@ _USUAL = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors", "pyto
 _HUB = {"revision", "token", "cache_dir", "local_files_only", "force_download"}  # arguments of hf_hub_download that are handed on
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _PEFT_CONFIG = "adapter_config.json"  # beside adapter_model.*, as PEFT saves
-_LATEST = "latest"  # SAT and DeepSpeed: the name of the folder with the newest weights
-_SAT_WEIGHTS = "mp_rank_00_model_states.pt"
 
 
 def open_lora(
@@ -72,9 +70,11 @@ def find_lora_file(folder: Path, weight_name: str | None = None) -> Path:
 
     Raises:
         FileNotFoundError: there is none, or none of several that can be chosen.
+        OSError: the newest is said to be outside of the folder.
     """
-    if weight_name is None and (folder / _LATEST).is_file():
-        return _newest(folder)
+    run = newest(folder) if weight_name is None else None
+    if run is not None:
+        return run / SAT_MODEL_FILE
     return folder / (weight_name or _choose([path.name for path in folder.iterdir()], str(folder)))
 
 
@@ -82,17 +82,8 @@ def has_lora_file(folder: Path) -> bool:
     """Whether `find_lora_file` finds a file in a folder."""
     try:
         return find_lora_file(folder).is_file()
-    except FileNotFoundError:
+    except OSError:
         return False
-
-
-def _newest(folder: Path) -> Path:
-    """The file that SAT's `latest` points to; it must lie within the folder."""
-    tag = (folder / _LATEST).read_text(encoding="utf-8").strip()
-    path = (folder / tag / _SAT_WEIGHTS).resolve()
-    if folder.resolve() not in path.parents:
-        raise FileNotFoundError(f"{folder / _LATEST} names {tag!r}, which is outside of the folder. Give the weight file itself.")
-    return path
 
 
 def _choose(names: Sequence[str], where: str) -> str:
