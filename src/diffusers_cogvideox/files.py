@@ -1,15 +1,28 @@
-"""Files and folders that appear whole or not at all."""
+"""Files and folders that appear whole or not at all, and what tells their contents apart."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["atomic_folder", "atomic_path", "check_writable"]
+__all__ = ["atomic_folder", "atomic_path", "check_writable", "sha256"]
+
+_PIECE = 2**20  # bytes that are read at once
+
+
+def sha256(paths: Iterable[Path]) -> str:
+    """SHA-256 of the contents of files, one behind the other, as hexadecimal digits. Raises OSError for a file that cannot be read."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as stream:
+            for piece in iter(lambda stream=stream: stream.read(_PIECE), b""):
+                digest.update(piece)
+    return digest.hexdigest()
 
 
 def check_writable(path: str | os.PathLike[str]) -> Path:

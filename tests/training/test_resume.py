@@ -61,6 +61,28 @@ def test_settings_that_an_older_version_did_not_have_were_at_their_defaults(begu
         check_resumed(replace(begun, compile=True))
 
 
+@pytest.mark.parametrize("part", ["vae", "text_encoder"])
+def test_a_model_that_was_trained_anew_is_noticed(part: str, tmp_path: Path) -> None:
+    """Under the same name, and whether or not clips that it encoded are still there."""
+    folders = {name: tmp_path / name for name in ("vae", "text_encoder")}
+    for name, folder in folders.items():
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(name.encode())
+    named = {name: str(folder) for name, folder in folders.items()}
+    begun = TrainConfig(task="transformer", output=str(tmp_path / "run"), model={}, stages=[Stage(steps=1, batch_size=1)], **named)
+    write_config(begun)
+    (folders[part] / "model.safetensors").write_bytes(b"trained anew")
+    check_resumed(begun)  # there is no checkpoint yet
+    (tmp_path / "run" / "checkpoint-1").mkdir()
+    with pytest.raises(ValueError, match=rf"begun with another {part}: the files in {folders[part]} have changed .*Bring them back"):
+        check_resumed(begun)
+    (folders[part] / "model.safetensors").write_bytes(part.encode())
+    check_resumed(begun)
+    (folders[part] / "model.safetensors").write_bytes(b"trained anew")
+    (tmp_path / "run" / "parts.json").unlink()  # a run of an older version
+    check_resumed(begun)
+
+
 def test_without_a_checkpoint_nothing_depends_on_the_settings(config: TrainConfig) -> None:
     check_resumed(config)
     write_config(config)

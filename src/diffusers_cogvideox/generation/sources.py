@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from ..files import sha256
 from ..options import FILES, InputOptions
 from ..pipelines.lora_files import fetch_lora
 from ..video_io import is_picture, probe_image, probe_video
@@ -20,9 +20,6 @@ __all__ = ["LoraFile", "SourceFile", "Sources", "read_loras"]
 
 DEFAULT_FIT = "cover"
 """People's pictures seldom have a model's shape, and cropping harms them least."""
-
-
-_CHUNK = 2**20  # bytes
 
 
 @dataclass(frozen=True)
@@ -53,11 +50,7 @@ class SourceFile:
 @lru_cache(maxsize=1024)
 def _digest(path: str, _modified: int, _size: int) -> str:
     """SHA-256 of a file, read once for all lines of a batch that name it."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as stream:
-        for chunk in iter(lambda: stream.read(_CHUNK), b""):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return sha256([Path(path)])
 
 
 @dataclass(frozen=True, kw_only=True)
