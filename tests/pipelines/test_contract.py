@@ -1,6 +1,6 @@
 """What diffusers' own tests demand of every pipeline, for each of ours: saving, hooks, callbacks, batches, parts that work alone."""
 
-from inspect import signature
+from inspect import Parameter, signature
 from typing import Any
 
 import diffusers
@@ -9,6 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 import diffusers_cogvideox as ours
+from parity import StockFunControlPipeline, StockImageToVideoPipeline, StockPipeline, StockVideoToVideoPipeline
 from pictures import clip, picture
 from tiny_pipeline import call as call_for_frames
 
@@ -20,6 +21,7 @@ VARIANTS = {
     ours.CogVideoXFunInpaintPipeline: "fun-1.5-inp",
     ours.CogVideoXContinuationPipeline: "5b",
 }
+STOCK = [StockPipeline, StockImageToVideoPipeline, StockVideoToVideoPipeline, StockFunControlPipeline]
 PROMPTS = ["a red circle", "a green square"]
 VIDEOS = [clip(9, 32, 48, seed) for seed in (1, 2)]
 PICTURES = [picture(32, 48, seed) for seed in (1, 2)]
@@ -103,6 +105,24 @@ def test_model_offloading_changes_nothing(own, pipe):
         torch.testing.assert_close(call(own), call(pipe))
 
 
+def test_another_task_over_offloaded_models(folders, loaded):
+    """`from_pipe` brings the hooks along, as in diffusers, and the models work as before."""
+    offloaded = ours.CogVideoXPipeline.from_pretrained(folders())
+    offloaded.enable_model_cpu_offload(device="cpu")
+    there = ours.CogVideoXVideoToVideoPipeline.from_pipe(offloaded)
+    assert hasattr(there.transformer, "_hf_hook")
+    expected = ours.CogVideoXVideoToVideoPipeline(**loaded(ours.CogVideoXPipeline).components)
+    torch.testing.assert_close(call(there), call(expected))
+
+
+def test_layers_may_be_stored_in_fewer_bits(folders, loaded):
+    pipe = ours.CogVideoXPipeline.from_pretrained(folders())
+    pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert pipe.transformer.transformer_blocks[0].attn1.to_q.weight.dtype == torch.float8_e4m3fn
+    found, exact = call(pipe), call(ours.CogVideoXPipeline(**loaded(ours.CogVideoXPipeline).components))
+    assert 0 < (found - exact).abs().mean() < 0.5 * exact.abs().mean()
+
+
 def test_offloaded_models_give_way_to_the_next(own, monkeypatch):
     """Pixels are encoded before the text encoder comes; the transformer is gone when the video is decoded."""
     ran = []
@@ -153,6 +173,15 @@ def test_attention_slicing_changes_nothing(own, pipe):
 
 
 # --- calls ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stock", STOCK, ids=lambda cls: cls.__name__)
+def test_diffusers_signatures_are_accepted(stock):
+    """Whatever is passed to diffusers' class by position or by name arrives here under the same name."""
+    for method in ("__init__", "__call__", "encode_prompt", "decode_latents"):
+        found, known = (signature(getattr(cls, method)).parameters for cls in (getattr(ours, stock.__name__), stock))
+        assert list(found)[: len(known)] == list(known)
+        assert {found[name].kind for name in known} == {Parameter.POSITIONAL_OR_KEYWORD}
 
 
 def test_each_video_of_a_batch_is_what_it_would_be_alone(pipe):
