@@ -1,5 +1,7 @@
 """Known pictures and masks reach the transformer as VideoX-Fun's sampling and training code show them to it."""
 
+from itertools import pairwise
+
 import numpy as np
 import PIL.Image
 import pytest
@@ -99,6 +101,20 @@ def test_both_ends(pipe):
     torch.testing.assert_close(latents, stock_latents(pipe, between))
     assert (mask[:, 0] == SCALE).all()
     assert not mask[:, 1:3].any()
+
+
+def test_a_last_frame_that_the_mask_does_not_show_is_not_ignored(known):
+    """It shows in the latents of the masked video, and decides what is made; three last frames are marked too."""
+    pictures = [{"last_image": LAST}, {"last_image": picture(HEIGHT, WIDTH, seed=7)}]
+    (mask, first), (same, second) = (channels(known, **given) for given in pictures)
+    assert torch.equal(mask, same) and not mask.any()
+    assert (first[:, -1] - second[:, -1]).abs().max() > 0.1
+    held = torch.ones(9, HEIGHT, WIDTH, dtype=torch.bool)
+    held[-3:] = False
+    mask, _ = channels(known, video=VIDEO, mask_video=held)
+    assert (mask[:, -1] == SCALE).all() and not mask[:, :-1].any()
+    videos = [inpainted(known, num_inference_steps=2, **given) for given in (*pictures, {})]
+    assert all((one - other).abs().max() > 0.01 for one, other in pairwise([*videos, videos[0]]))
 
 
 def test_everything_known(pipe):

@@ -52,7 +52,8 @@ def kept_latents(mask: Tensor, latent_frames: int, height: int, width: int) -> T
     """How much of each latent is kept, (B, f, 1, h, w) in [0, 1], for a mask (B, 1, F, H, W) of pixels.
 
     The first frame, which has a latent frame of its own, is resized alone, and the others together, trilinearly between pixel
-    centres. As in the training code nothing is averaged: of the 4 x 8 x 8 pixels of a latent, the middle 2 x 2 x 2 count.
+    centres. As in the training code nothing is averaged: of the 4 x 8 x 8 pixels of a latent, the middle 2 x 2 x 2 count. What is kept of
+    other pixels alone shows in the masked video beside the mask only; so does a single last frame, the fourth of its latent.
 
     Args:
         mask: 1 where something is to be made.

@@ -53,7 +53,9 @@ class CogVideoXFunInpaintPipeline(CogVideoXPipelineBase):
         num_frames: any number; by default as trained, or as many as `video` has. A longer video is cut.
         image: the first frame: one for all prompts or one for each, as a path, PIL image, array (H, W, 3) or tensor
             (3, H, W) in [0, 1], or a list of such.
-        last_image: the last frame, likewise. With both, what lies between is made.
+        last_image: the last frame, likewise. With both, what lies between is made. Models of the first generation know it from the masked
+            video alone: at the size of the latents the mask of a single last frame is zero (`models.layout.kept_latents`), as it was in
+            their training. Given as the last three frames of `video`, with a mask, it is marked there too.
         video: a video of which a part is kept: a path, a list of frames, an array (F, H, W, 3) or a tensor (F, 3, H, W) in
             [0, 1], or a list of such.
         mask_video: what of it is to be made, in white; as many frames as `video`, or one picture for all of them.
