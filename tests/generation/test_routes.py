@@ -1,5 +1,7 @@
 """Files and model decide on the pipeline: every combination leads somewhere or is refused with what it needs."""
 
+import re
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -8,6 +10,7 @@ from diffusers_cogvideox import options
 from diffusers_cogvideox.generation.routes import ROUTES, choose_pipeline, takes_frames
 from diffusers_cogvideox.pipelines import inputs
 from diffusers_cogvideox.presets import PRESETS
+from diffusers_cogvideox.tasks import tasks_of
 from parity import TINY_TRANSFORMERS
 
 
@@ -26,6 +29,26 @@ PURPOSE = {
     "CogVideoXFunControlPipeline": ("control",),
     "CogVideoXFunInpaintPipeline": ("image", "last_image"),
 }
+
+
+def test_the_page_of_tasks_says_what_the_table_says():
+    """docs/tasks.md: a row for each combination of files, a "yes" for each release that takes it, and the classes that then run."""
+    page = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text(encoding="utf-8").split("\n\n")
+    head, _, *rows = next(block for block in page if block.startswith("| task |")).splitlines()
+    columns = [[name.strip() for name in cell.split(",")] for cell in cells(head)[3:]]
+    assert sorted(name for column in columns for name in column) == sorted(PRESETS)
+    found = {}
+    for row in rows:
+        _, flags, classes, *marks = cells(row)
+        files = tuple(name.replace("-", "_") for name in re.findall(r"--([\w-]+)", flags))
+        found[files] = {name for column, mark in zip(columns, marks, strict=True) if mark == "yes" for name in column}
+        assert set(re.findall(r"`(\w+)`", classes)) == {pipeline.__name__ for pipeline in ROUTES[files].values()}
+    taken = {files: {p.name for p in PRESETS.values() if tasks_of(p.transformer) & set(ROUTES[files])} for files in ROUTES}
+    assert found == taken
+
+
+def cells(row: str) -> list[str]:
+    return [cell.strip() for cell in row.strip("|").split("|")]
 
 
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
