@@ -211,8 +211,9 @@ class GenerateOptions(DecodingOptions, MemoryOptions, InputOptions, SamplingOpti
     """
 
     prompt: str
-    """What to show. Or a file: PROMPTS.txt with one prompt per line; BATCH.jsonl with one JSON object per line, whose keys are prompt
-    and the names of options (num_videos, size, ...); or the VIDEO.json of an earlier run, to make that video again."""
+    """What to show; with --window, one text after another: "a dog sits [80:] the dog gets up". Or a file: PROMPTS.txt with one prompt per
+    line; BATCH.jsonl with one JSON object per line, whose keys are prompt and the names of options (num_videos, size, ...); or the
+    VIDEO.json of an earlier run, to make that video again."""
     _: KW_ONLY
     model: str = DEMO
     """Pipeline folder, repository on the Hugging Face hub (such as zai-org/CogVideoX-2b), or one of the small models that come with
@@ -232,6 +233,8 @@ class GenerateOptions(DecodingOptions, MemoryOptions, InputOptions, SamplingOpti
     """Height x width in pixels, such as 480x720 (default: what the checkpoint was trained for)."""
     frames: int | None = None
     """Number of frames (default: what the checkpoint was trained for, or as many as --video or --control has)."""
+    window: int | None = None
+    """Frames of the windows in which a long video is made; they fade into each other."""
     fps: int | None = None
     """Frames per second of the file (default: what the checkpoint was trained for, or that of the video to start from)."""
     checkpoint_every: int | None = None
@@ -260,6 +263,10 @@ class GenerateOptions(DecodingOptions, MemoryOptions, InputOptions, SamplingOpti
             raise ValueError(f"--max-error {self.max_error} is not possible: it must be above 0, and finite.")
         if self.cache != "none" and self.checkpoint_every is not None:
             raise ValueError("--checkpoint-every is not possible with --cache, which has a state of its own: leave out one of the two.")
+        if self.window is not None and self.extend is not None:
+            raise ValueError("--window is not possible with --extend, which goes on in windows of its own: leave out one of the two.")
+        if self.window is not None and self.cache != "none":
+            raise ValueError("--window is not possible with --cache, which would mix up the windows: leave out one of the two.")
         if self.size is not None:
             parse_size(self.size)
         if self.frames is not None and self.files == ("video",):

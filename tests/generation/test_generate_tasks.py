@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,20 @@ def watched(chunks, made):
     for chunk in chunks:
         made.append(chunk)
         yield chunk
+
+
+def test_a_story_in_windows(folders, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(writing, "write_video", lambda path, frames, fps: write_video(path, watched(frames, made), fps))
+    told = replace(asked(folders(), tmp_path / "a.mp4", steps=1, frames=25, window=17), prompt=f"{PROMPT} [12:] a blue square")
+    (path,) = generate(told)
+    assert json.loads(path.with_suffix(".json").read_text())["settings"]["window"] == 17
+    pipe = package.CogVideoXPipeline.from_pretrained(folders())
+    pipe.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 1, "generator": torch.Generator().manual_seed(3), "output_type": "np", "num_frames": 25, **SIZE}
+    windows = package.ContextWindows(frames=17)
+    frames = pipe(prompt={0: PROMPT, 12: "a blue square"}, context=windows, **options).frames[0]
+    np.testing.assert_array_equal(np.concatenate(made), np.rint(frames * 255))
 
 
 def test_continuation_by_words(folders, files, tmp_path):
@@ -208,13 +223,20 @@ def test_changed_files_make_another_video(folders, files, tmp_path):
         ("fun-control", {"control": "video", "frames": 12}, "--frames 12 is not possible: the video to start from has 11"),
         ("5b", {"lora": ("nowhere",)}, "there is no file nowhere"),
         ("5b", {"lora": ("picture",)}, "picture.png"),
+        ("5b", {"window": 10}, "Context windows of frames=10 are not possible"),
+        ("5b", {"prompt": "red [8:] blue"}, "2 prompts needs context windows, .* on the command line --window"),
+        ("5b", {"prompt": "red [17:] blue", "frames": 17, "window": 9}, "frame 17 on begins after the end"),
+        ("5b", {"prompt": "red [8:] blue [8:] green"}, "names frame 8 after frame 8"),
+        ("5b", {"prompt": "[8:] blue"}, "says nothing to show from frame 0 on"),
+        ("5b", {"window": 9, "extend": "video"}, "--window is not possible with --extend"),
+        ("5b", {"window": 9, "cache": "auto"}, "--window is not possible with --cache"),
     ],
 )
 def test_impossible_tasks(variant, options, message, folders, files, tmp_path, monkeypatch):
     monkeypatch.setattr(generating, "load_pipeline", lambda *_: pytest.fail("the weights were loaded"))
     given = {k: tuple(files.get(e, e) for e in v) if isinstance(v, tuple) else files.get(v, v) for k, v in options.items()}
     with pytest.raises((ValueError, OSError), match=message):
-        generate(asked(folders(variant), tmp_path, **given))
+        generate(replace(asked(folders(variant), tmp_path), **given))
 
 
 # --- interruption -------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,14 @@ import pytest
 import torch
 from diffusers import FirstBlockCacheConfig
 
-from diffusers_cogvideox import CogVideoXImageToVideoPipeline, CogVideoXPipeline, CogVideoXVideoToVideoPipeline, ContextWindows, Geometry
+from diffusers_cogvideox import (
+    CogVideoXContinuationPipeline,
+    CogVideoXImageToVideoPipeline,
+    CogVideoXPipeline,
+    CogVideoXVideoToVideoPipeline,
+    ContextWindows,
+    Geometry,
+)
 from diffusers_cogvideox.pipelines.windows import Window, Windows, faded, radical_inverse
 from tiny_pipeline import call as call_for_frames
 
@@ -52,7 +59,7 @@ def test_windows_reach_from_the_first_frame_to_the_last(plan):
 def test_weights_add_up_to_one_in_every_frame(plan):
     for step in STEPS:
         total = torch.zeros(plan.total)
-        for frames, weights in plan.at(step):
+        for frames, weights, _ in plan.at(step):
             assert len(frames) == len(weights) == plan.length
             assert (weights >= 0).all()
             total[frames] += weights
@@ -124,15 +131,15 @@ def test_a_constant_prediction_stays_constant_and_the_identity_the_identity(plan
     x = torch.randn(2, plan.total, 3, 2, 2)
     for step in (0, 3):
         windows = plan.at(step)
-        torch.testing.assert_close(faded(windows, x, lambda part: torch.full_like(part, 7.0)), torch.full_like(x, 7.0))
-        torch.testing.assert_close(faded(windows, x, lambda part: part), x)
-        assert faded(windows, x, lambda part: part[:, :, :1]).shape == (2, plan.total, 1, 2, 2)
+        torch.testing.assert_close(faded(windows, x, lambda part, _: torch.full_like(part, 7.0)), torch.full_like(x, 7.0))
+        torch.testing.assert_close(faded(windows, x, lambda part, _: part), x)
+        assert faded(windows, x, lambda part, _: part[:, :, :1]).shape == (2, plan.total, 1, 2, 2)
 
 
 def test_predictions_are_averaged_by_weight():
     """Window k predicts k: what comes out is sum_k weight_k k, by hand."""
     windows, counter = Windows(total=31, length=13, overlap=4, schedule="static").at(0), iter((0.0, 1.0, 2.0))
-    result = faded(windows, torch.zeros(1, 31, 1, 1, 1), lambda part: torch.full_like(part, next(counter)))
+    result = faded(windows, torch.zeros(1, 31, 1, 1, 1), lambda part, _: torch.full_like(part, next(counter)))
     ramp = [0.2, 0.4, 0.6, 0.8]
     expected = [0.0] * 9 + ramp + [1.0] * 5 + [1 + r for r in ramp] + [2.0] * 9
     torch.testing.assert_close(result.flatten(), torch.tensor(expected))
@@ -208,7 +215,7 @@ def test_a_prediction_is_that_of_each_window_alone_faded(pipe):
     parts = [call(pipe, num_frames=17, latents=noise[:, start : start + 5], num_inference_steps=1) for start in (0, 3, 4)]
     plan = Windows(total=9, length=5, overlap=2, schedule="static")
     expected = torch.zeros_like(noise)
-    for part, (frames, weights) in zip(parts, plan.at(0), strict=True):
+    for part, (frames, weights, _) in zip(parts, plan.at(0), strict=True):
         expected[:, frames] += weights[:, None, None, None] * part
     torch.testing.assert_close(whole, expected, atol=1e-4, rtol=1e-4)
 
@@ -242,6 +249,76 @@ def test_riflex_reaches_the_transformer(pipe):
     assert (call(pipe, num_frames=33, riflex=True) - call(pipe, num_frames=33)).abs().max() > 1e-3
     with pytest.raises(ValueError, match="riflex=True has no effect on 5 token frames"):
         call(pipe, num_frames=33, context=WINDOWS, riflex=True)
+
+
+# --- several prompts --------------------------------------------------------------------------------------------------
+
+STORY = {0: "a red circle moves right", 17: "a green square"}
+STILL = ContextWindows(frames=17, overlap=8, schedule="static")
+
+
+def test_a_window_has_the_prompt_of_most_of_what_it_shows():
+    """Windows from 0, 9 and 18 show frames 0 to 8, 13 to 17 and 22 to 30 alone, and fade over the 4 between."""
+    parts = [window.part for window in Windows(total=31, length=13, overlap=4, schedule="static", changes=(12, 20)).at(0)]
+    assert parts == [0, 1, 2]
+    assert [window.part for window in Windows(total=31, length=13, overlap=4, schedule="static", changes=(30,)).at(0)] == [0, 0, 0]
+    moving = Windows(total=61, length=13, overlap=5, changes=(30,))
+    changes = {min(window.frames.tolist()[0] for window in moving.at(step) if window.part) for step in range(8)}
+    assert changes == set(range(24, 32))  # the place of the change moves with the windows, whose middle is at 6
+
+
+@pytest.mark.parametrize(("variant", "sequential", "parts"), [("5b", False, [0, 1, 1]), ("1.5-5b", True, [0, 1])])
+def test_each_window_is_predicted_with_its_prompt_alone(loaded, variant, sequential, parts):
+    """The transformer gets the embeddings that a call with that prompt alone gives it, and the negative prompt in every window."""
+    pipe = CogVideoXPipeline(**loaded(CogVideoXPipeline, variant).components)
+    seen = []
+    handle = pipe.transformer.register_forward_pre_hook(lambda _, __, given: seen.append(given["encoder_hidden_states"]), with_kwargs=True)
+    options = {"num_frames": 33, "num_inference_steps": 1, "sequential_guidance": sequential, "negative_prompt": "blue"}
+    call(pipe, prompt=STORY, context=STILL, **options)
+    story, halves = list(seen), 2 if sequential else 1
+    for text in STORY.values():
+        call(pipe, prompt=text, **options | {"num_frames": 1})
+    handle.remove()
+    alone = [seen[len(story) + halves * number :][:halves] for number in range(2)]
+    assert len(story) == len(parts) * halves
+    for number, part in enumerate(parts):
+        torch.testing.assert_close(story[halves * number :][:halves], alone[part], atol=1e-5, rtol=0)
+
+
+def test_a_story_of_one_prompt_is_that_prompt(pipe):
+    plain = call(pipe, num_frames=33, context=STILL, num_videos_per_prompt=2)
+    same = dict.fromkeys(STORY, STORY[0])
+    torch.testing.assert_close(call(pipe, prompt=same, num_frames=33, context=STILL, num_videos_per_prompt=2), plain, atol=1e-5, rtol=0)
+    torch.testing.assert_close(call(pipe, prompt={0: STORY[0]}, num_frames=9), call(pipe, num_frames=9), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "changes", "error", "message"),
+    [
+        (STORY, {"context": None}, ValueError, "2 prompts needs context windows, each"),
+        (STORY, {"num_frames": 25, "context": ContextWindows(frames=25)}, ValueError, "shorter than its 25 frames .they have 25"),
+        ({0: "a", 33: "b"}, {}, ValueError, "from frame 33 on begins after the end: the video has 33 frames, 0 to 32"),
+        ({8: "a"}, {}, ValueError, "must begin with frame 0, and the first is that of 8"),
+        ({}, {}, ValueError, "must begin with frame 0, and the first is that of none"),
+        ({0: "a", -8: "b"}, {}, ValueError, "the first is that of -8"),
+        ({0: "a", 0.5: "b"}, {}, TypeError, "prompts by frame are texts by whole numbers"),
+        ({0: "a", 16: ["b"]}, {}, TypeError, "prompts by frame are texts by whole numbers"),
+        ({0: "a", 15: "b", 16: "c"}, {}, ValueError, "the prompt from frame 15 on holds too briefly"),
+    ],
+)
+def test_impossible_stories(pipe, prompt, changes, error, message):
+    with pytest.raises(error, match=message):
+        call(pipe, prompt=prompt, **{"num_frames": 33, "context": STILL, **changes})
+
+
+def test_a_story_is_not_encoded_apart_from_its_windows(pipe):
+    with pytest.raises(TypeError, match="encode its texts as a list"):
+        pipe.encode_prompt(STORY)
+
+
+def test_a_continuation_takes_no_story(pipe):
+    with pytest.raises(ValueError, match="go on from one prompt after the other"):
+        CogVideoXContinuationPipeline(**pipe.components)(torch.rand(9, 3, 32, 48), STORY, context=WINDOWS)
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from ..files import check_writable
 from ..options import GenerateOptions, parse_size
 from ..pipelines.folder import read_json
 from ..pipelines.lora_files import open_lora
+from ..pipelines.story import check_starts, starts_of
 from ..pipelines.video_to_video import skipped_steps
 from ..video_io import CONTAINERS
 from .batch import Item, each, read_items
@@ -25,6 +26,7 @@ from .model_folder import ModelFolder
 from .routes import choose_pipeline
 from .settings import Settings, check_device, check_settings, choose_settings
 from .sources import LoraFile, Sources, read_loras
+from .story import read_story
 
 __all__ = ["check_output", "output_paths", "plan"]
 
@@ -62,8 +64,9 @@ def _jobs(number: int, item: Item, folder: ModelFolder, loras: tuple[LoraFile, .
     wanted: dict[str, Any] = {"height": height, "width": width, "num_frames": options.frames, "fps": options.fps}
     wanted = source | {name: value for name, value in wanted.items() if value is not None}
     cache = None if options.cache == "none" else options.cache
-    wanted |= {"cache": cache, "max_error": options.max_error}
+    wanted |= {"cache": cache, "max_error": options.max_error, "window": options.window}
     settings = choose_settings(options, folder, sources.names, negative_prompt=options.negative_prompt, loras=loras, **wanted)
+    check_starts(starts_of(read_story(options.prompt)), settings.num_frames, settings.window, folder.geometry)
     _check_sources(sources, settings, source.get("num_frames"))
     seeds = range(options.seed, options.seed + options.num_videos)
     names = [f"{f'{number:03d}-' if item.title else ''}{_slug(options.prompt)}-{seed}.mp4" for seed in seeds]

@@ -12,6 +12,7 @@ import torch
 from ..options import Precision, Sampler, SamplingOptions
 from ..pipelines.base import CogVideoXPipelineBase
 from ..pipelines.decoding import FrameStream
+from ..pipelines.windows import ContextWindows
 from ..runtime.calibration import FILE, Calibration
 from ..schedulers.scheduler import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 from ..video_io import check_rate, to_uint8
@@ -19,6 +20,7 @@ from .json_types import type_mistakes
 from .model_folder import ModelFolder, source_of
 from .routes import PIPELINES, choose_pipeline, takes_frames
 from .sources import LoraFile
+from .story import read_story
 
 __all__ = [
     "Settings",
@@ -62,6 +64,7 @@ class Settings:
     device: str
     cache: str | None = None  # of the model's calibration
     max_error: float | None = None
+    window: int | None = None  # frames of a context window
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Settings:
@@ -73,9 +76,15 @@ class Settings:
 
     def call_arguments(self) -> dict[str, Any]:
         """The settings that are arguments of the pipeline's `__call__`."""
-        elsewhere = {"model", "fingerprint", "pipeline", "loras", "sampler", "fps", "dtype", "device"}
+        elsewhere = {"model", "fingerprint", "pipeline", "loras", "sampler", "fps", "dtype", "device", "window"}
         elsewhere |= set() if takes_frames(PIPELINES[self.pipeline]) else {"num_frames"}
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in elsewhere}
+        context = {} if self.context is None else {"context": self.context}
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in elsewhere} | context
+
+    @property
+    def context(self) -> ContextWindows | None:
+        """The context windows in which the video is made."""
+        return None if self.window is None else ContextWindows(frames=self.window)
 
 
 def choose_settings(options: SamplingOptions, model: str | ModelFolder, files: Sequence[str] = (), **chosen: Any) -> Settings:
@@ -107,6 +116,8 @@ def check_settings(settings: Settings, folder: ModelFolder) -> None:
             raise ValueError(f"{flag} {value} is unknown: it must be one of {', '.join(choices)}.")
     folder.geometry.padded_size(settings.height, settings.width)
     folder.geometry.padded_frames(settings.num_frames)
+    if settings.context is not None:
+        settings.context.shared_frames(folder.geometry)
     if settings.height % 2 or settings.width % 2:
         raise ValueError(f"--size {settings.height}x{settings.width} is not possible: a video file (yuv420p) needs even sizes.")
     check_rate(settings.fps)
@@ -193,7 +204,8 @@ def make_videos(pipe: Any, prompts: list[str], seeds: Sequence[int], settings: S
 
 def _call(pipe: Any, prompts: list[str], seeds: Sequence[int], settings: Settings, **options: Any) -> Any:
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    return pipe(prompt=prompts, generator=generators, **settings.call_arguments(), **options)[0]
+    prompt: Any = prompts if len(prompts) > 1 else read_story(prompts[0])
+    return pipe(prompt=prompt, generator=generators, **settings.call_arguments(), **options)[0]
 
 
 def with_sampler(pipe: AnyPipeline, sampler: str, **components: Any) -> AnyPipeline:

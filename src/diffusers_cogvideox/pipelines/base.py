@@ -34,6 +34,7 @@ from .prompts import PromptInputs
 from .request import OUTPUT_TYPES, Request
 from .sampling import Stepper, check_scheduler, set_timesteps
 from .single_file import SingleFilePipelineMixin
+from .story import joined_parts
 
 __all__ = ["CogVideoXPipelineBase"]
 
@@ -183,6 +184,8 @@ class CogVideoXPipelineBase(SingleFilePipelineMixin, FittingMixin, PortablePipel
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
         )
+        if inputs.starts:
+            raise TypeError(f"prompt={prompt!r} by frame is for a call with context windows: encode its texts as a list.")
         where = device or self._execution_device
         encoder = {"tokenizer": self.tokenizer, "text_encoder": self.text_encoder, "length": max_sequence_length, "device": where}
 
@@ -303,14 +306,20 @@ class CogVideoXPipelineBase(SingleFilePipelineMixin, FittingMixin, PortablePipel
             return with_cache(self, request, len(timesteps), run), condition.padding
 
     def _embeddings(self, request: Request) -> tuple[Tensor, Tensor | None]:
-        """Embeddings of the request in the transformer's dtype: (B, L, D_text), and the unconditional half or None."""
+        """Embeddings of the request in the transformer's dtype: (B, L, D_text), and the unconditional half or None.
+
+        The K prompts of one video by frame, and as many unconditional halves, stand one behind the other: (B, K L, D_text).
+        """
+        starts, videos = request.inputs.starts, request.num_videos_per_prompt
         positive, negative = self.encode_prompt(
-            **vars(request.inputs),
+            **vars(request.inputs.one_by_one()),
             do_classifier_free_guidance=request.guided and not request.zero_unconditional,
-            num_videos_per_prompt=request.num_videos_per_prompt,
+            num_videos_per_prompt=1 if starts else videos,
             max_sequence_length=request.max_sequence_length,
             dtype=self.transformer.dtype,
         )
+        if starts:
+            positive, negative = joined_parts(positive, videos), None if negative is None else joined_parts(negative, videos)
         width = self.transformer.config.text_embed_dim
         if positive.shape[-1] != width:
             raise ValueError(f"prompt_embeds are {positive.shape[-1]} wide, but the transformer reads embeddings of width {width}.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ FIRST = ""
 
 
 def shared_arguments(
-    prompt: str | list[str] | None = None,
+    prompt: str | list[str] | Mapping[int, str] | None = None,
     negative_prompt: str | list[str] | None = None,
     height: int | None = None,
     width: int | None = None,
@@ -59,7 +59,7 @@ def shared_arguments(
 ) -> None:
     """Of every task:
 
-    prompt, negative_prompt: one text or a list of B; what to steer away from, one for all or one for each prompt, "" by default.
+    prompt, negative_prompt: text, list of B, or with `context` {0: text, 48: text} by frame; what to avoid, for all or each, "" by default.
     height, width: pixels; by default as trained. Multiples of 16 are made as they are, others are cropped from the next larger size.
     num_frames: any number; by default as trained. 8k + 1 frames are made as they are, other numbers are cut from the next larger one.
     num_inference_steps, timesteps: number of steps, or own falling timesteps for schedulers that take them.

@@ -49,6 +49,8 @@ class CogVideoXContinuationPipeline(CogVideoXPipelineBase):
         window_frames: frames that the model makes at once, the overlap included, 8k + 1; by default as trained. Of the last window, what
             is too much is cut off.
         """
+        if request.inputs.starts:
+            raise ValueError("prompts by frame are for a video in context windows; go on from one prompt after the other, call by call.")
         kind: Task = "image" if "image" in tasks_of(self.transformer.config) else "text"
         check_task(self.transformer.config, kind)
         overlap = overlap_frames if overlap_frames is not None else 1 if kind == "image" else self.geometry.frame_step + 1

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..geometry import Geometry
 from ..models.feature_cache import check_unguided_pass, start_cached_loop
 from ..models.modulation import ModulationTables, tabulated
 from ..models.rope import Rotary, rope_for
@@ -22,6 +24,7 @@ from .guiders import BaseGuidance, steer
 from .request import Request
 from .sampling import Stepper, flow_level, make_stepper
 from .skip_layers import SkipLayers
+from .story import part_of
 from .windows import Windows, faded
 
 __all__ = ["Predictor", "denoise"]
@@ -53,7 +56,7 @@ def denoise(
     Raises ValueError for what is not possible here, for an optimisation that is on and does nothing, and for ranks that start apart.
     """
     rule, guided = dynamic_rule(request.use_dynamic_cfg), steps_inside(request.guidance_interval, len(timesteps), "guidance_interval")
-    predict = Predictor.of(pipe, condition, request, len(timesteps))
+    predict = Predictor.of(pipe, condition, request, timesteps)
     step = step or make_stepper(pipe.scheduler, eta=request.eta, generator=request.generator)
     joined = prompt_embeds if negative_prompt_embeds is None else torch.cat([negative_prompt_embeds, prompt_embeds])
     start = predict.starting_latents(request)
@@ -96,7 +99,8 @@ def _place(pipe: Any, index: int, timestep: float, steps: int) -> dict[str, Any]
 class Predictor:
     """Velocity of latents under guidance, from one transformer with everything that stays the same during a loop.
 
-    With `windows`, the transformer sees one window of the video at a time. `skip` is done in `skip_steps`. A `guider` does all guidance.
+    With `windows`, the transformer sees one window of the video at a time; they lie at a timestep as its `moments` say, its place from the
+    noise down, which is the same on the way back (`inversion`). `skip` is done in `skip_steps`. A `guider` does all guidance.
     """
 
     transformer: Any
@@ -105,20 +109,23 @@ class Predictor:
     options: dict[str, Any]
     sequential: bool
     windows: Windows | None = None
+    moments: Mapping[float, int] = field(default_factory=dict)
     skip: SkipLayers | None = None
     skip_steps: range = range(0)
     guider: BaseGuidance | None = None
 
     @classmethod
-    def of(cls, pipe: Any, condition: Condition, request: Request, steps: int) -> Predictor:
-        """The predictor for one call of `pipe`, in a loop of `steps` steps.
+    def of(cls, pipe: Any, condition: Condition, request: Request, timesteps: Tensor) -> Predictor:
+        """The predictor for one call of `pipe`, in a loop over `timesteps` (N,).
 
         Raises:
             ValueError: for windows, frequencies or layers that this model and this video do not have.
         """
         transformer, latents, skip = pipe.transformer, condition.latents, request.skip_layers
         _, frames, _, height, width = latents.shape
-        windows = request.context.over(frames, pipe.geometry, condition.anchors) if request.context else None
+        steps = len(timesteps)
+        moments = {timestep: moment for moment, timestep in enumerate(sorted(set(timesteps.tolist()), reverse=True))}
+        windows = _windows(request, condition, pipe.geometry, len(moments))
         halved = request.guided and steps_inside(request.guidance_interval, steps, "guidance_interval") != range(steps)
         batched = request.guided and not request.sequential_guidance and request.guider is None
         start_cached_loop(transformer, steps, windows=windows is not None, kinds=1 + halved, batched=batched)
@@ -136,6 +143,7 @@ class Predictor:
             options=options,
             sequential=request.sequential_guidance and not halves_shared,  # who shares them has one half at a time anyway
             windows=windows,
+            moments=moments,
             skip=skip,
             guider=request.guider,
             skip_steps=steps_inside(skip.interval, steps, "the interval of skip_layers") if skip else range(0),
@@ -180,7 +188,12 @@ class Predictor:
         x = self.condition.model_input(latents, place["step_index"])
         if self.windows is None:
             return self._guided(x, embeds, timestep, scale, place)
-        return faded(self.windows.at(place["step_index"]), x, lambda part: self._guided(part, embeds, timestep, scale, place))
+        windows = self.windows
+
+        def predicted(piece: Tensor, part: int) -> Tensor:
+            return self._guided(piece, part_of(embeds, part, windows.parts), timestep, scale, place)
+
+        return faded(windows.at(self.moments[place["timestep"]]), x, predicted)
 
     def _guided(self, x: Tensor, embeds: Tensor, timestep: Tensor, scale: float | None, place: dict[str, Any]) -> Tensor:
         """Velocity of model inputs (B, F, C + C', H, W), (B, F, C, H, W), with all guidance of this step."""
@@ -224,6 +237,23 @@ class Predictor:
         where = f"in step {place['step_index'] + 1} of {place['num_inference_steps']} (timestep {place['timestep']:g})"
         with self.transformer.cache_context(name, **place):
             return run_checked(self.transformer, call, where).float()
+
+
+def _windows(request: Request, condition: Condition, geometry: Geometry, moments: int) -> Windows | None:
+    """The context windows over the condition's latents, or None without. Raises ValueError for a prompt that no window would ever have."""
+    if request.context is None:
+        return None
+    starts = request.inputs.starts
+    changes = tuple(condition.padding + geometry.latent_frames(start) for start in starts[1:])
+    windows = request.context.over(condition.latents.shape[1], geometry, condition.anchors, changes)
+    if windows is not None and changes:
+        heard = {window.part for moment in range(moments) for window in windows.at(moment)}
+        if unheard := [start for part, start in enumerate(starts) if part not in heard]:
+            raise ValueError(
+                f"the prompt from frame {unheard[0]} on holds too briefly: no context window has it in most of what it shows. Let it hold "
+                "for longer, or use shorter windows."
+            )
+    return windows
 
 
 def _call_back(pipe: Any, request: Request, index: int, timestep: Tensor, tensors: dict[str, Any], tables: ModulationTables | None) -> None:

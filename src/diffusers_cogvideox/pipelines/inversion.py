@@ -66,10 +66,11 @@ class InversionMixin:
         iterations: predictions for each step; 1 is the usual inversion, more of them come closer to the exact one.
         fit: how pictures of another shape are made to fit: "stretch", "cover" (crop the middle) or "contain" (pad with black).
 
-        A `context` must be that of the later call, with windows that stay where they are.
+        A `context` must be that of the later call; the windows of a timestep are the same on both ways, also where they move.
         """
         check_task(self.transformer.config, "text")
-        _check_windows(request)
+        if request.context is not None and request.context.shuffle_noise:
+            raise ValueError("shuffle_noise=True has no meaning where nothing starts from noise: leave it out, in the later call too.")
         if iterations < 1:
             raise ValueError(f"iterations={iterations} is not possible: each step needs at least 1.")
         if (video is None) == (request.latents is None):
@@ -109,19 +110,6 @@ def _of_length(pipe: Any, request: Request, clip: Tensor | None) -> Request:
         raise ValueError(f"latents of shape {shape} are not those of {request.count} video(s): pass ({request.count}, F, C, h, w).")
     height, width = pipe.geometry.pixel_size(*latents.shape[-2:])
     return replace(request, num_frames=pipe.geometry.frames(latents.shape[1]), height=height, width=width, output_type="latent")
-
-
-def _check_windows(request: Request) -> None:
-    """Raise ValueError for context windows in which the later call would not go the same way."""
-    if request.context is None:
-        return
-    if request.context.schedule != "static":
-        raise ValueError(
-            f"Context windows of schedule={request.context.schedule!r} move from step to step, so that a way back does not find them: use "
-            "schedule='static', in the later call too."
-        )
-    if request.context.shuffle_noise:
-        raise ValueError("shuffle_noise=True has no meaning where nothing starts from noise: leave it out, in the later call too.")
 
 
 def check_invertible(scheduler: Any) -> None:

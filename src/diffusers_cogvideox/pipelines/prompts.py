@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from diffusers.utils import logging
 from torch import Tensor
+
+from .story import starts_of
 
 __all__ = ["PromptInputs", "encode_text"]
 
@@ -44,9 +46,12 @@ def _warn_about_cut_text(tokenizer: Any, prompts: list[str], length: int) -> Non
 
 @dataclass(frozen=True, kw_only=True)
 class PromptInputs:
-    """The four ways to say what the video shows; text or embeddings (B, L, D_text), each with a negative counterpart."""
+    """The four ways to say what the video shows; text or embeddings (B, L, D_text), each with a negative counterpart.
 
-    prompt: str | list[str] | None = None
+    A prompt by frame, {0: text, 48: text}, is that of one video; `one_by_one` gives its parts as prompts of their own.
+    """
+
+    prompt: str | list[str] | Mapping[int, str] | None = None
     negative_prompt: str | list[str] | None = None
     prompt_embeds: Tensor | None = None
     negative_prompt_embeds: Tensor | None = None
@@ -57,7 +62,7 @@ class PromptInputs:
             raise ValueError("Pass exactly one of prompt and prompt_embeds.")
         if self.negative_prompt_embeds is not None and (self.prompt is not None or self.negative_prompt is not None):
             raise ValueError("negative_prompt_embeds goes with prompt_embeds only, not with prompt or negative_prompt.")
-        if self.prompt is not None:
+        if self.prompt is not None and not self.starts:
             _check_text("prompt", self.prompt)
         self._check_embeds()
         self._check_negative_prompt()
@@ -82,11 +87,23 @@ class PromptInputs:
             )
 
     @property
+    def starts(self) -> tuple[int, ...]:
+        """The frames at which the prompts of one video begin; () where every video has one prompt."""
+        return starts_of(self.prompt)
+
+    @property
     def count(self) -> int:
-        """Number of prompts B."""
+        """Number of videos B that are described."""
         if self.prompt_embeds is not None:
             return len(self.prompt_embeds)
-        return len(_as_list(self.prompt, 1))
+        return 1 if self.starts else len(_as_list(self.prompt, 1))
+
+    def one_by_one(self) -> PromptInputs:
+        """The prompts of one video by frame as a list in their order, each with its negative prompt; other inputs as they are."""
+        if not isinstance(self.prompt, Mapping):
+            return self
+        negative = self.negative_prompt[0] if isinstance(self.negative_prompt, list) else self.negative_prompt
+        return replace(self, prompt=[self.prompt[start] for start in self.starts], negative_prompt=negative)
 
     def encode(self, tokenizer: Any, text_encoder: Any, *, length: int, device: torch.device) -> Tensor:
         """Embeddings (B, L, D_text) of the prompts; those that were passed are returned as they are."""
@@ -104,7 +121,7 @@ class PromptInputs:
         return encode_text(tokenizer, text_encoder, texts, length=length, device=device)
 
 
-def _as_list(text: str | Sequence[str] | None, count: int) -> list[str]:
+def _as_list(text: str | Iterable[Any] | None, count: int) -> list[str]:
     return [text] * count if isinstance(text, str) else list(text or [])
 
 

@@ -20,6 +20,7 @@ from .guiders import BaseGuidance
 from .journal import Journal
 from .prompts import PromptInputs
 from .skip_layers import SkipLayers
+from .story import check_starts
 from .windows import ContextWindows
 
 __all__ = ["OUTPUT_TYPES", "Request"]
@@ -170,6 +171,7 @@ class Request:
         if self.context is not None:
             self.context.shared_frames(geometry)
         geometry.padded_frames(self.num_frames)
+        check_starts(self.inputs.starts, self.num_frames, self.context.frames if self.context else None, geometry)
         geometry.padded_size(self.height, self.width)
         if self.output_type != "latent":
             return

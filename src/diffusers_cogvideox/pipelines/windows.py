@@ -18,10 +18,11 @@ SCHEDULES = ("uniform", "static")
 
 
 class Window(NamedTuple):
-    """One piece of a video: the latent frames that it holds, (w,) int64, and the weight of its prediction in each, (w,) float32."""
+    """One piece of a video: the latent frames that it holds, (w,) int64, the weight of its prediction in each, (w,) float32, its prompt."""
 
     frames: Tensor
     weights: Tensor
+    part: int = 0
 
 
 def radical_inverse(n: int) -> float:
@@ -48,6 +49,9 @@ class Windows:
     first frames of the video in front, in place of as many of its own, and its prediction for those is not used: the image
     stands where the model expects it, together with its own noisy latents, and never competes with what the video shows later.
 
+    Where the video has several prompts, a window has the one that holds in most of what it shows, by weight, so that one prompt fades
+    into the next as the windows do.
+
     Args:
         total: frames F of the video.
         length: frames w of a window.
@@ -55,6 +59,7 @@ class Windows:
         unit: all places are multiples of this (`patch_size_t`).
         anchors: frames at the beginning of the video that every window keeps.
         schedule: one of SCHEDULES.
+        changes: frames at which the next prompt begins, rising.
     """
 
     total: int
@@ -63,6 +68,7 @@ class Windows:
     unit: int = 1
     anchors: int = 0
     schedule: str = "uniform"
+    changes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Raise ValueError for windows that leave frames out."""
@@ -86,7 +92,18 @@ class Windows:
         sums = torch.zeros(self.total, dtype=torch.float64)
         for frames, weights in pieces:
             sums[frames] += weights
-        return [Window(frames, (weights / sums[frames]).float()) for frames, weights in pieces]
+        return [self._window(frames, weights / sums[frames]) for frames, weights in pieces]
+
+    @property
+    def parts(self) -> int:
+        """Number of prompts."""
+        return len(self.changes) + 1
+
+    def _window(self, frames: Tensor, weights: Tensor) -> Window:
+        """A window with its prompt: of two that hold equally long in it, the earlier one."""
+        parts = torch.bucketize(frames, torch.tensor(self.changes, dtype=frames.dtype), right=True)
+        held = torch.zeros(self.parts, dtype=weights.dtype).index_add_(0, parts, weights)
+        return Window(frames, weights.float(), int(held.argmax()))
 
     def _piece(self, start: int) -> tuple[Tensor, Tensor]:
         """Frames of one window, and a trapezoid over its own: 1, 2, ..., overlap + 1, ..., 2, 1."""
@@ -124,8 +141,9 @@ class Windows:
 class ContextWindows:
     """A long video predicted in windows, for videos several times as long as a model was trained for in the memory of one window.
 
-    All windows have the prompt of the whole video. For a story in several prompts, make its parts one after the other with
-    `CogVideoXContinuationPipeline`, which goes on from the last frames.
+    A story in several prompts, `prompt={0: "a dog sits", 80: "the dog gets up"}`, says from which frame on each holds: a window has the one
+    that holds in most of what it shows. A part of about a window or more gets time to show. `CogVideoXContinuationPipeline` makes a
+    story's parts one after the other instead, and goes on from the last frames.
 
     Args:
         frames: frames of a window, 8k + 1; best as many as the model was trained with. A video within one window needs none.
@@ -170,11 +188,11 @@ class ContextWindows:
             )
         return shared
 
-    def over(self, total: int, geometry: Geometry, anchors: int = 0) -> Windows | None:
+    def over(self, total: int, geometry: Geometry, anchors: int = 0, changes: tuple[int, ...] = ()) -> Windows | None:
         """Windows over a video of `total` latent frames, padding included, or None when one window holds all of it.
 
-        `anchors` first frames hold an image; they are rounded up to whole patches. Raises ValueError as `shared_frames` and for an
-        overlap that is too small for the anchors.
+        `anchors` first frames hold an image; they are rounded up to whole patches. At the latent frames `changes` the next prompt begins.
+        Raises ValueError as `shared_frames` and for an overlap that is too small for the anchors.
         """
         shared, length = self.shared_frames(geometry), geometry.latent_frames(self.frames)
         length += geometry.front_padding(length)
@@ -187,24 +205,25 @@ class ContextWindows:
             unit=geometry.patch_size_t,
             anchors=anchors + geometry.front_padding(anchors),
             schedule=self.schedule,
+            changes=changes,
         )
 
 
-def faded(windows: list[Window], x: Tensor, predict: Callable[[Tensor], Tensor]) -> Tensor:
+def faded(windows: list[Window], x: Tensor, predict: Callable[[Tensor, int], Tensor]) -> Tensor:
     """Predictions for all frames, sum_k weight_k(f) predict(x[frames_k])(f), from one call of `predict` for each window.
 
     Args:
         windows: pieces of the video whose weights add up to one.
         x: (B, F, C, H, W).
-        predict: (B, w, C, H, W) -> (B, w, C', H, W).
+        predict: (B, w, C, H, W), the window's prompt -> (B, w, C', H, W).
 
     Returns:
         (B, F, C', H, W).
     """
     total = torch.empty(0)
-    for frames, weights in windows:
+    for frames, weights, part in windows:
         index = frames.to(x.device)
-        prediction = predict(x[:, index])
+        prediction = predict(x[:, index], part)
         if not total.numel():  # only now is C' known
             total = prediction.new_zeros(*x.shape[:2], *prediction.shape[2:])
         total[:, index] += weights.to(prediction)[:, None, None, None] * prediction
