@@ -366,22 +366,22 @@ def script(path: str, *arguments: str) -> str:
 def received(way: str, sizes: dict[str, int]) -> int:
     """Numbers that this rank receives in a forward pass; a sum over ranks is received in parts, and its parts again."""
     group, found = Group.of(dist.group.WORLD), []
-    exchange_all, gather_all, add_all = (getattr(collectives, name) for name in ("_exchanged", "_gathered", "_sum"))
+    exchange_all, send_all, add_all = (getattr(collectives, name) for name in ("_exchanged", "_sent", "_sum"))
 
     def exchanged(x: torch.Tensor, split: Any, join: Any, group: Group) -> torch.Tensor:
         result = exchange_all(x, split, join, group)
         found.append(result.numel() * (1 - join[1][group.rank] / sum(join[1])))
         return result
 
-    def gathered(x: torch.Tensor, dim: int, parts: Any, group: Group) -> torch.Tensor:
+    def sent(x: torch.Tensor, dim: int, parts: Any, group: Group) -> torch.Tensor:
         found.append(x.numel() * (sum(parts) / parts[group.rank] - 1))
-        return gather_all(x, dim, parts, group)
+        return send_all(x, dim, parts, group)
 
     def added(x: torch.Tensor, group: Group) -> torch.Tensor:
         found.append(2 * x.numel() * (group.size - 1) / group.size)
         return add_all(x, group)
 
-    collectives._exchanged, collectives._gathered, collectives._sum = exchanged, gathered, added
+    collectives._exchanged, collectives._sent, collectives._sum = exchanged, sent, added
     model, _ = tiny_twins("5b", num_attention_heads=4)
     if way == "tensor":
         model.enable_parallelism(config=TensorParallelConfig(tp_degree=group.size))

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import caches
 import diffusers_cogvideox.evaluation.shapes as shapes
 from diffusers_cogvideox import CogVideoXPipeline, cli
 from diffusers_cogvideox.data.captions import canonical, parse
 from diffusers_cogvideox.data.moving_shapes import Scene, ShapeSpec, all_scenes, render, split
 from diffusers_cogvideox.evaluation.detectors import Detection
 from diffusers_cogvideox.evaluation.metrics import psnr
-from diffusers_cogvideox.evaluation.report import Rate, Row, Sample, ShapesReport, tally
+from diffusers_cogvideox.evaluation.report import Rate, Row, Sample, ShapesReport, paired_difference, tally
 from diffusers_cogvideox.evaluation.shapes import evaluate_shapes, held_out_prompts
 from diffusers_cogvideox.options import EvaluateOptions
 from tiny_pipeline import save_stock_folder
@@ -39,6 +40,39 @@ def pipeline(folder) -> CogVideoXPipeline:
 def options(folder: Path, **changes) -> EvaluateOptions:
     baselines = {"untrained_prompts": 2} if changes.get("baselines", True) else {}
     return EvaluateOptions("shapes", str(folder), **{"prompts": 3, "batch_size": 2, "device": "cpu"} | baselines | changes)
+
+
+def test_differences_between_answers_to_the_same_questions():
+    """The interval holds the truth in about 95 % of many draws, is narrower than without pairs, and turns with the order."""
+    assert paired_difference([True, False, False, True], [True, True, True, False])[0] == 0.25
+    rng, truth, held = np.random.default_rng(0), 0.02 - 0.05, 0
+    for _ in range(1000):
+        cells = rng.multinomial(60, [0.7, 0.05, 0.02, 0.23])
+        before, after = (np.repeat(kind, cells).tolist() for kind in ([True, True, False, False], [True, False, True, False]))
+        _, (low, high) = paired_difference(before, after)
+        assert paired_difference(after, before)[1] == pytest.approx((-high, -low))
+        held += low <= truth <= high
+    assert 0.93 < held / 1000 < 0.99
+    whole = [True] * 240 + [False] * 60
+    low, high = paired_difference(whole, whole)[1]
+    assert low == -high and high < 0.007 < np.diff(Rate(240, 300).interval())[0] / 2
+    with pytest.raises(ValueError, match="2 and 1 answers are not to the same questions"):
+        paired_difference([True, True], [True])
+
+
+def test_rows_of_the_table_of_caches():
+    """Two batches of the benchmark, of two videos and one."""
+
+    def record(*right: bool, error: float, passes: float, seconds: float) -> caches.Record:
+        scores = [{"all": value} for value in right]
+        return caches.Record([error] * len(right), [math.inf if error == 0 else 30.0] * len(right), scores, passes, seconds)
+
+    exact = [record(True, True, error=0, passes=40, seconds=6), record(False, error=0, passes=20, seconds=3)]
+    fewer = [record(True, False, error=0.1, passes=20, seconds=2), record(False, error=0.4, passes=10, seconds=1)]
+    row = caches.to_json(fewer, exact)
+    assert (row["passes"], row["speed_up"], row["psnr"], row["error"], row["largest_error"]) == (10, 3, 30, 0.2, 0.4)
+    assert (row["all_correct"], row["points"]) == (0.3333, -33.33) and row["points_interval"][0] < -33.33 < row["points_interval"][1]
+    assert caches.to_json(exact, exact)["psnr"] is None and caches.to_json(exact, exact)["points"] == 0
 
 
 # --- metrics and rates --------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from ..files import atomic_path
 from ..video_io import contact_sheet, write_image
 from .detectors import Detection
 
-__all__ = ["Rate", "Row", "Sample", "ShapesReport", "tally"]
+__all__ = ["Rate", "Row", "Sample", "ShapesReport", "paired_difference", "tally"]
 
 _Z = 1.96  # standard deviations of a 95 % interval
 
@@ -36,6 +36,23 @@ class Rate(NamedTuple):
         p, n = self.share, self.asked
         centre, spread = p + _Z**2 / (2 * n), _Z * (p * (1 - p) / n + _Z**2 / (4 * n**2)) ** 0.5
         return (centre - spread) / (1 + _Z**2 / n), (centre + spread) / (1 + _Z**2 / n)
+
+
+def paired_difference(before: Sequence[bool], after: Sequence[bool]) -> tuple[float, tuple[float, float]]:
+    """How much larger the share of right answers is in `after` than in `before`, to the same questions, and its 95 % confidence interval.
+
+    With b answers that were right only before and c that are right only after, of n, the difference is (c - b) / n; its interval is
+    Wald's with half an answer more in each cell of the table (Agresti and Min 2005), which holds for small n, too.
+
+    Raises ValueError for other than one answer each to the same questions.
+    """
+    if not before or len(before) != len(after):
+        raise ValueError(f"{len(before)} and {len(after)} answers are not to the same questions: pass as many, and at least one.")
+    lost = sum(old and not new for old, new in zip(before, after, strict=True))
+    won = sum(new and not old for old, new in zip(before, after, strict=True))
+    b, c, n = lost + 0.5, won + 0.5, len(before) + 2
+    centre, spread = (c - b) / n, _Z * (b + c - (c - b) ** 2 / n) ** 0.5 / n
+    return (won - lost) / len(before), (centre - spread, centre + spread)
 
 
 def tally(scores: Iterable[Mapping[str, bool]]) -> dict[str, Rate]:

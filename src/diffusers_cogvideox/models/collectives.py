@@ -18,7 +18,7 @@ if dist.is_available():
 
     _gather_equal = getattr(functional, "all_gather_single", None) or functional.all_gather_tensor  # the name before PyTorch 2.13
 
-__all__ = ["Group", "add_up", "exchange", "gather", "require_ranks", "shares", "spread_gradient"]
+__all__ = ["Group", "add_up", "arrived", "exchange", "gather", "require_ranks", "sent_ahead", "shares", "spread_gradient"]
 
 
 class Group(NamedTuple):
@@ -78,6 +78,26 @@ def gather(x: Tensor, dim: int, sizes: Sequence[int], group: Group, *, shared: b
     return _Gather.apply(x, dim, sizes, group, shared)
 
 
+def sent_ahead(x: Tensor, dim: int, sizes: Sequence[int], group: Group) -> Tensor:
+    """The first half of `gather`: send x on its way, and do not wait for what the others send. `arrived` does that.
+
+    Between the two there is time to compute. Hand the result to nothing else, and let all ranks send in the same order. Gradients come
+    back in the same way: they are on their way while autograd goes on with what was computed in between.
+
+    Args:
+        x, dim, sizes, group: as of `gather`, without `shared`.
+
+    Returns:
+        room for what arrives, group.size times x with length max(sizes) along `dim`.
+    """
+    return _SentAhead.apply(x, dim, sizes, group)
+
+
+def arrived(room: Tensor, dim: int, sizes: Sequence[int], group: Group) -> Tensor:
+    """The second half of `gather`: wait for what `sent_ahead` has sent, with the same `dim`, `sizes` and `group`."""
+    return _Arrived.apply(room, dim, sizes, group)
+
+
 def add_up(x: Tensor, group: Group) -> Tensor:
     """The sum of all ranks' x, on every rank. The gradient of the sum, which all ranks know, is that of each x."""
     return _Sum.apply(x, group)
@@ -118,6 +138,35 @@ class _Gather(torch.autograd.Function):
             wanted = (dim, [sizes[group.rank]] * group.size)
             own = _exchanged(gradients[0], (dim, sizes), wanted, group).unflatten(dim, (group.size, -1)).sum(dim)
         return own, None, None, None, None
+
+
+class _SentAhead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, sizes: Sequence[int], group: Group) -> Tensor:
+        """See `sent_ahead`."""
+        ctx.dim, ctx.own = dim, sizes[group.rank]
+        return _sent(x, dim, sizes, group)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        """The sum of what all ranks have for this one's part; it has been on its way since `_Arrived.backward`."""
+        return functional.wait_tensor(gradients[0]).sum(0).narrow(ctx.dim, 0, ctx.own), None, None, None
+
+
+class _Arrived(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, room: Tensor, dim: int, sizes: Sequence[int], group: Group) -> Tensor:
+        """See `arrived`."""
+        ctx.dim, ctx.sizes, ctx.group = dim, sizes, group
+        return _joined(room, dim, sizes)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        """Send every rank the gradient of its part."""
+        parts = gradients[0].split(list(ctx.sizes), ctx.dim)
+        padded = torch.stack([_padded(part, ctx.dim, max(ctx.sizes)) for part in parts])
+        ones = [1] * ctx.group.size
+        return functional.all_to_all_single(padded, ones, ones, ctx.group.name), None, None, None
 
 
 class _Sum(torch.autograd.Function):
@@ -163,10 +212,20 @@ def _exchanged(x: Tensor, split: tuple[int, Sequence[int]], join: tuple[int, Seq
 
 
 def _gathered(x: Tensor, dim: int, sizes: Sequence[int], group: Group) -> Tensor:
+    return _joined(_sent(x, dim, sizes, group), dim, sizes)
+
+
+def _sent(x: Tensor, dim: int, sizes: Sequence[int], group: Group) -> Tensor:
     """All parts are padded to the longest, because that is the form in which every backend gathers at full speed."""
-    longest = max(sizes)
-    missing = list(x.shape)
-    missing[dim] = longest - sizes[group.rank]
-    padded = torch.cat([x, x.new_zeros(missing)], dim) if missing[dim] else x
-    received = functional.wait_tensor(_gather_equal(padded.contiguous()[None], 0, group.name))
+    return _gather_equal(_padded(x, dim, max(sizes)).contiguous()[None], 0, group.name)
+
+
+def _joined(room: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
+    received = functional.wait_tensor(room)
     return torch.cat([part.narrow(dim, 0, length) for part, length in zip(received.unbind(0), sizes, strict=True)], dim)
+
+
+def _padded(x: Tensor, dim: int, length: int) -> Tensor:
+    missing = list(x.shape)
+    missing[dim] = length - x.shape[dim]
+    return torch.cat([x, x.new_zeros(missing)], dim) if missing[dim] else x

@@ -3,8 +3,9 @@
 Two ways, and their product, as in diffusers' `ContextParallelConfig`:
 
 * Ulysses (arXiv 2309.14509): before attention the ranks exchange, so that each has all tokens of some heads; afterwards back.
-* ring: queries stay, and the keys and values of all ranks come to each. They are gathered in one collective and attended to in one
-  kernel; diffusers gathers them in one collective too, then attends piece by piece.
+* ring: queries stay, and the keys and values of all ranks come to each, some heads at a time: those of the next heads are on their way
+  while the ones that are there are attended to. Cut by heads and not by ranks, the pieces need not be merged, so that any attention
+  kernel will do, and what is gathered is never there as a whole. diffusers gathers all of it first, then attends piece by piece.
 
 Neither tokens nor heads need to be divisible by the ranks. Tokens are spread over ranks (ring index, Ulysses index), rank by rank.
 
@@ -19,10 +20,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .collectives import Group, exchange, gather, shares
+from .collectives import Group, arrived, exchange, gather, sent_ahead, shares
 from .rope import Rotary
 
 __all__ = ["BatchShare", "Ranks", "Spread", "attend_together"]
+
+Attend = Callable[..., Tensor]
+
+_PIECES = 4  # of the heads in ring attention: a quarter of the communication is waited for, and kernels still have work for a whole GPU
 
 
 class Ranks(NamedTuple):
@@ -125,9 +130,7 @@ class BatchShare(NamedTuple):
         return gather(x, 0, self.sizes, self.group, shared=True)
 
 
-def attend_together(
-    attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, spread: Spread
-) -> Tensor:
+def attend_together(attend: Attend, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, spread: Spread) -> Tensor:
     """softmax(q k^T / sqrt(d)) v over the tokens of all ranks.
 
     Args:
@@ -145,14 +148,54 @@ def attend_together(
     if len(near) > 1:
         joint = torch.stack([query, key, value])  # 3 x B x s x H x d
         query, key, value = exchange(joint, (3, heads), (2, tokens), ranks.ulysses).unbind(0)
-    if ranks.ring.size > 1:
-        sizes = [spread.tokens(part) for part in ranks.neighbours]
-        key, value = gather(torch.stack([key, value]), 2, sizes, ranks.ring).unbind(0)
     if mask is not None:
         mask = _mask_of(mask, spread, near, heads[ranks.ulysses.rank], sum(heads[: ranks.ulysses.rank]))
-    # Where there are fewer heads or tokens than ranks, one may have nothing to do, which kernels refuse.
-    out = attend(query, key, value, attn_mask=mask) if query.numel() else query
+    attend = _where_there_is_work(attend)
+    if ranks.ring.size > 1:
+        sizes = [spread.tokens(part) for part in ranks.neighbours]
+        out = _attend_around(attend, query, key, value, mask, sizes, ranks.ring)
+    else:
+        out = attend(query, key, value, attn_mask=mask)
     return exchange(out, (1, tokens), (2, heads), ranks.ulysses) if len(near) > 1 else out
+
+
+def _attend_around(
+    attend: Attend, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sizes: Sequence[int], ring: Group
+) -> Tensor:
+    """Attention to the keys and values of all ranks of a ring, each piece of which was asked for before the one ahead of it is computed.
+
+    Args:
+        attend: as of `attend_together`.
+        query, key, value: (B, s, h, d) of this rank.
+        mask: (B, 1 or h, 1 or s, S), with keys rank by rank, or None.
+        sizes: tokens of each rank.
+        ring: the ranks.
+
+    Returns:
+        (B, s, h, d).
+    """
+    heads = [count for count in shares(query.shape[2], _PIECES) if count]
+    if not heads:
+        return query
+    queries, keys, values = (x.split(heads, 2) for x in (query, key, value))
+    masks = mask.split(heads, 1) if mask is not None and mask.shape[1] > 1 else [mask] * len(heads)
+
+    def send(piece: int) -> Tensor:
+        return sent_ahead(torch.stack([keys[piece], values[piece]]), 2, sizes, ring)
+
+    outputs, coming = [], send(0)
+    for piece, (part, own) in enumerate(zip(queries, masks, strict=True)):
+        here = coming
+        if piece + 1 < len(heads):
+            coming = send(piece + 1)
+        all_keys, all_values = arrived(here, 2, sizes, ring).unbind(0)
+        outputs.append(attend(part, all_keys, all_values, attn_mask=own))
+    return torch.cat(outputs, 2)
+
+
+def _where_there_is_work(attend: Attend) -> Attend:
+    """Where there are fewer heads or tokens than ranks, one may have nothing to do, which kernels refuse."""
+    return lambda query, key, value, attn_mask: attend(query, key, value, attn_mask=attn_mask) if query.numel() else query
 
 
 def _mask_of(mask: Tensor, spread: Spread, near: Sequence[int], heads: int, first: int) -> Tensor:

@@ -232,9 +232,19 @@ def _backend_is_chosen(pipe: Any) -> bool:
 
 
 def _quantised(pipe: Any) -> list[nn.Module]:
-    """The linear layers whose weights are no ordinary parameters."""
-    layers = [layer for layer in _layers(pipe) if "Linear" in type(layer).__name__ and getattr(layer, "weight", None) is not None]
-    return [layer for layer in layers if type(layer) is not nn.Linear or type(layer.weight.data) is not Tensor]
+    """The layers with quantised weights; of those that adapters wrap, what is inside."""
+    return [layer for layer in _layers(pipe) if not hasattr(layer, "base_layer") and _is_quantised(getattr(layer, "weight", None))]
+
+
+def _is_quantised(weight: Any) -> bool:
+    """Whether a weight holds whole numbers, as bitsandbytes and GGUF keep them, or is one of torchao's."""
+    if not isinstance(weight, Tensor):
+        return False
+    return not weight.is_floating_point() or type(weight.data).__module__.partition(".")[0] == "torchao"
+
+
+def _is_shared(model: Any, group: str) -> bool:
+    return getattr(model, group, None) is not None
 
 
 def _blocks(pipe: Any) -> list[Any]:
@@ -282,7 +292,7 @@ for _effect in (
     ),
     Effect(
         "quantisation",
-        lambda pipe: getattr(pipe.transformer, "is_quantized", False),
+        lambda pipe: getattr(pipe.transformer, "is_quantized", False) or bool(_quantised(pipe)),
         partial(calls_of, _quantised),
         "no quantised layer was called; quantise the transformer that the pipeline holds",
     ),
@@ -292,6 +302,9 @@ for _effect in (
         partial(calls_of, _dispatching),  # which are handed how the tokens are spread, or have a share of the heads
         "no attention layer takes part; call set_attn_processor(CogVideoXAttnProcessor())",
     ),
+    # Of two samples only, and of rows in decoding, after the loop.
+    Effect("samples shared by ranks", lambda pipe: _is_shared(pipe.transformer, "batch_group"), _not_counted, "", conditional=True),
+    Effect("rows of the VAE shared by ranks", lambda pipe: _is_shared(pipe.vae, "row_group"), _not_counted, "", conditional=True),
     Effect(
         "samples one by one",
         lambda pipe: any(getattr(block, "one_by_one", False) for block in _blocks(pipe)),
