@@ -90,7 +90,8 @@ class Accounting:
         if self.lean:
             self._lazy = (out, self._bytes(x))
             return out
-        self._note(self._held(x), self._bytes(out), self._made(out, self._rows(2 * height, 2 * out.row_bytes(self.dtype))))
+        one = _frames((batch, 1, *shape[2:]))  # frame by frame
+        self._note(self._held(x), self._bytes(out), self._made(one, self._rows(2 * height, 2 * one.row_bytes(self.dtype))))
         return out
 
     def leave(self, tower: Tower, x: Frames) -> int:
@@ -193,7 +194,7 @@ def _products(filtering: Filtering, by_rows: Filtering | None, rows: int, in_row
         return len(filtering.data) * ((rows + 2) * in_row + rows * out_row) + rows * out_row
     windows = -(-rows // by_rows.outputs)
     made = windows * by_rows.outputs
-    return len(filtering.data) * ((made + 2) * in_row + made * out_row) + len(by_rows.data) * windows * (in_row + 2 * out_row)
+    return len(filtering.data) * ((made + 2) * in_row + made * out_row) + len(by_rows.data) * windows * (in_row + out_row)
 
 
 def next_chunk(before: Accounting) -> Accounting:

@@ -168,15 +168,19 @@ def as_volume(filtering: Filtering, dtype: torch.dtype) -> bool:
 def transformed_taps(weight: Tensor, filtering: Filtering, dtype: torch.dtype, rows: Filtering | None = None) -> Tensor:
     """(products, C_out, C_in, 3, 3) in `dtype` from a weight (C_out, C_in, 3, 3, 3), combined in float32 and rounded once.
 
-    With `rows` filtered too, (products, products of rows, C_out, C_in, 1, 3). `DIRECT` takes the weight as it is in half precision. The
-    channels of what comes in lie behind each other, as those of the frames do.
+    With `rows` filtered too, (products, products of rows, 3, C_in, C_out), matrices. `DIRECT` takes the weight as it is in half precision.
+    The channels of what comes in lie behind each other, as those of the frames do.
     """
     if as_volume(filtering, dtype):
         return weight.to(dtype, memory_format=torch.channels_last_3d)
-    combined = torch.einsum("pt,oithw->poihw", _matrix(filtering.taps, torch.float32, weight.device), weight.float())
-    if rows is not None:
-        combined = torch.einsum("qh,poihw->pqoiw", _matrix(rows.taps, torch.float32, weight.device), combined).unsqueeze(-2)
-    return combined.to(dtype).movedim(-3, -1).contiguous().movedim(-1, -3)
+    as_they_are = torch.eye(3, device=weight.device)
+    in_time, in_rows = (as_they_are if f is None else _matrix(f.taps, torch.float32, weight.device) for f in (filtering, rows))
+    combinations = torch.einsum("pt,qh,kw->pqkthw", in_time, in_rows, as_they_are)
+    combined = combinations.flatten(3).flatten(0, 2) @ weight.float().reshape(-1, 27).T
+    combined = combined.view(*combinations.shape[:3], *weight.shape[:2]).to(dtype)
+    if rows is None:
+        return combined.permute(0, 3, 1, 2, 4).contiguous().movedim(-1, 2)
+    return combined.mT
 
 
 def filter_frames(
@@ -212,7 +216,7 @@ def filter_frames(
     for images, tap, share, product in zip(combined, taps, filtering.bias, together, strict=True):
         carried = None if bias is None or not share else share * bias
         if rows is None:
-            product.copy_(_filter_columns(images, tap, carried))
+            product.copy_(F.conv2d(images.permute(0, 3, 1, 2), tap, carried, padding=(0, 1)).permute(0, 2, 3, 1))
         else:
             _filter_rows(images, tap, carried, rows, product)
     for image, (b, _, at) in enumerate(places):
@@ -220,21 +224,31 @@ def filter_frames(
         torch.addmm(target, result, together[:, image, :height].view(len(taps), -1), beta=int(add), out=target)
 
 
-def _filter_columns(images: Tensor, tap: Tensor, bias: Tensor | None) -> Tensor:
-    """What the library convolves: (N, H + 2 or H, W, C_in) with a tap of three rows or of one -> (N, H, W, C_out)."""
-    return F.conv2d(images.permute(0, 3, 1, 2), tap, bias, padding=(0, 1)).permute(0, 2, 3, 1)
-
-
 def _filter_rows(images: Tensor, taps: Tensor, bias: Tensor | None, rows: Filtering, out: Tensor) -> None:
-    """The convolution of (N, H + 2, W, C_in) with the taps (products of rows, C_out, C_in, 1, 3), to `out` (N, H, W, C_out)."""
+    """The convolution of (N, H + 2, W, C_in) with the taps (products of rows, 3, C_in, C_out), to `out` (N, H, W, C_out).
+
+    What remains along columns is a product of matrices for each tap, of all pixels and those one and two further on: with a column of zeros
+    on either side, no row sees the next one. What comes out behind the end of a row is not used.
+    """
     number, height, width = out.shape[:3]
     windows = height // rows.outputs
     data, result = (_matrix(m, images.dtype, images.device) for m in (rows.data, rows.result))
-    combined = images.new_empty(len(data), number, windows, width, images.shape[-1])
-    for image, into in zip(images, combined.unbind(1), strict=True):
+    combined = images.new_empty(len(data), number, windows, width + 2, images.shape[-1])
+    combined[..., :: width + 1, :] = 0
+    for image, into in zip(images, combined[..., 1:-1, :].unbind(1), strict=True):
         overlapping = image.flatten(1).unfold(0, rows.window, rows.stride).transpose(1, 2)  # (windows, window, W * C_in)
         torch.bmm(data.expand(windows, -1, -1), overlapping, out=into.flatten(2).transpose(0, 1))
-    shares = [None if bias is None or not share else share * bias for share in rows.bias]
-    together = torch.stack([_filter_columns(*of_one) for of_one in zip(combined, taps, shares, strict=True)])
+    pixels = combined.flatten(1, 3)
+    together = images.new_empty(*pixels.shape[:2], out.shape[-1])
+    last = pixels.shape[1] - 2
+    products = together[:, :last]
+    torch.bmm(pixels[:, :last], taps[:, 0], out=products)
+    for further in (1, 2):
+        products.baddbmm_(pixels[:, further : further + last], taps[:, further])
+    if bias is not None:
+        for product, share in zip(products, rows.bias, strict=True):
+            if share:
+                product += share * bias
     every = number * windows
-    torch.bmm(result.expand(every, -1, -1), together.view(len(data), every, -1).transpose(0, 1), out=out.view(every, rows.outputs, -1))
+    inside = together.view(len(data), every, width + 2, -1)[:, :, :width].flatten(2)
+    torch.bmm(result.expand(every, -1, -1), inside.transpose(0, 1), out=out.view(every, rows.outputs, -1))

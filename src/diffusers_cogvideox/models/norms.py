@@ -26,6 +26,8 @@ logger = logging.get_logger(__name__)
 SWITCH = "COGVIDEOX_TRITON"  # environment variable: 0 keeps to the torch form
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+_SUMMED = 512  # pixels whose float32 sums a processor may take one after the other
+
 # scale and shift: (B, f, h, w, C), or (B, 1, 1, 1, C).
 Affine = tuple[Tensor, Tensor]
 
@@ -40,8 +42,10 @@ def group_statistics(frames: Frames, groups: int, bands: Bands, dtype: torch.dty
     sizes: list[float] = []
     for start, stop in bands.over(frames.shape[2], frames.row_bytes(dtype)):
         rows = frames.make(start, stop)
-        pieces.append((fused_norms.frame_statistics if fused(rows) else frame_statistics)(rows, groups))
-        sizes += [float(weight * (stop - start)) for weight in frames.weights]
+        statistics = fused_norms.frame_statistics if fused(rows) else frame_statistics
+        for part in rows.split(max(1, _SUMMED // rows.shape[3]) if rows.device.type == "cpu" else stop - start, dim=2):
+            pieces.append(statistics(part, groups))
+            sizes += [float(weight * part.shape[2]) for weight in frames.weights]
     of_pieces, spread = map(torch.cat, zip(*pieces, strict=True))  # (pieces, B, G)
     share = torch.tensor(sizes, device=of_pieces.device).div_(sum(sizes)).view(-1, 1, 1)
     mean = (share * of_pieces).sum(0)
@@ -49,35 +53,25 @@ def group_statistics(frames: Frames, groups: int, bands: Bands, dtype: torch.dty
 
 
 def frame_statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance (F, B, G), float32, of each frame of x (B, F, rows, W, C) and each group of channels."""
-    of_frames = [[_piece(picture, groups) for picture in frame] for frame in x.unbind(1)]
-    mean, variance = (torch.stack([torch.cat([found[i] for found in frame]) for frame in of_frames]) for i in range(2))
-    return mean, variance
+    """Mean and biased variance (F, B, G), float32, of each frame of x (B, F, rows, W, C) and each group of channels.
 
-
-_SUMMED = 1024  # pixels whose float32 sums the kernel may take one after the other
-
-
-def _piece(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Mean and variance (1, G) of x (H, W, C), by the library's own kernel, whose third result is 1 / sqrt(variance + eps).
-
-    The kernel subtracts the square of the mean from the mean of the squares. So that nothing is lost where all values are nearly equal, as
-    in a picture of one colour, it is shown differences from what stands in the middle, a few rows at a time. In half precision, values that
-    are nearly equal are equal, and differences would have to be rounded.
+    First those of each channel; then these are joined, all of the same size, by the same formula.
     """
-    height, width, channels = x.shape
-    exact = x.dtype == torch.float32
-    pixel = x[height // 2, width // 2].unflatten(0, (groups, -1)).mean(1) * exact
-    one = torch.ones(channels, device=x.device)  # float32: keeps the statistics of half precision in float32
-    near = (x - pixel.repeat_interleave(channels // groups) if exact else x)[None].permute(0, 3, 1, 2)
-    found = []
-    for part in near.split(max(1, _SUMMED // width) if exact else height, dim=2):
-        pixels = part.shape[2] * width
-        _, mean, inverse = torch.native_group_norm(part, one, one, 1, channels, pixels, groups, torch.finfo(torch.float32).tiny)
-        found.append((mean, inverse.square().reciprocal(), part.shape[2] / height))
-    mean = torch.stack([share * mean for mean, _, share in found]).sum(0)
-    variance = torch.stack([share * (variance + (of_part - mean).square()) for of_part, variance, share in found]).sum(0)
-    return mean + pixel.float(), variance
+    found = [[_channel_statistics(picture) for picture in frame] for frame in x.unbind(1)]
+    means, variances = (
+        torch.stack([torch.stack([torch.stack(pair) for pair in frame]) for frame in found]).unflatten(-1, (groups, -1)).unbind(2)
+    )
+    mean = means.mean(-1, keepdim=True)
+    return mean[..., 0], (variances + (means - mean).square()).mean(-1)
+
+
+def _channel_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance (C,), float32, of x (H, W, C), the latter from differences to the former."""
+    if x.device.type != "cpu":
+        variance, mean = torch.var_mean(x.float(), dim=(0, 1), correction=0)
+        return mean, variance
+    running = torch.zeros(2, x.shape[-1])  # float32, so that the results are; not used
+    return torch.batch_norm_update_stats(x[None].permute(0, 3, 1, 2), *running, 0)
 
 
 def norm_affine(norm: nn.Module, statistics: tuple[Tensor, Tensor], z: Tensor | None) -> Affine:

@@ -127,15 +127,15 @@ class Rowwise:
 
         source, border = replace(x), self._border(x)  # x itself may be released by whoever made it
 
-        def make(start: int, stop: int) -> Tensor:
+        def make(start: int, stop: int, which: slice = slice(None)) -> Tensor:
             first, last = start // 2, (stop + 1) // 2
-            rows = source.make(max(first - 1, 0), min(last + 1, height))
+            rows = source.make(max(first - 1, 0), min(last + 1, height))[:, which]
             around = F.pad(rows, (0, 0, 1, 1, int(first == 0), int(last == height)))
             for edge, index in ((first == 0, 0), (last == height, -1)):
                 row = border.row_at(index)
                 if edge and row is not None:
-                    around[:, :, index, 1:-1] = row[:, :, 0]
-            made = enlarge(around.flatten(0, 1), phases, bias).unflatten(0, (batch, frames))
+                    around[:, :, index, 1:-1] = row[:, which, 0]
+            made = enlarge(around.flatten(0, 1), phases, bias).unflatten(0, (batch, -1))
             return made[:, :, start - 2 * first : stop - 2 * first]
 
         doubled = layer.compress_time and frames > 1
@@ -147,9 +147,12 @@ class Rowwise:
         )
         if self.lean:
             return enlarged
-        kept = self._kept(enlarged)
+        whole = self._empty(*enlarged.shape)
+        for frame in range(frames):  # each by itself: bands of one frame are high, and few rows are needed twice
+            for start, stop in self.bands.over(2 * height, 2 * enlarged.row_bytes(self.dtype) // frames):
+                whole[:, frame : frame + 1, start:stop] = make(start, stop, slice(frame, frame + 1))
         x.release()
-        return kept
+        return replace(Frames.of(whole), doubled=enlarged.doubled, single=enlarged.single)
 
     def leave(self, tower: Tower, x: Frames) -> Tensor:
         """(B, F, H, W, C) -> (B, C_out, F, H, W)."""
@@ -157,13 +160,6 @@ class Rowwise:
         return out.make(0, out.shape[2]).movedim(-1, 1).contiguous()
 
     # --- what a layer consists of ---------------------------------------------------------------------------------------
-
-    def _kept(self, x: Frames) -> Frames:
-        """The same frames in a tensor."""
-        whole = self._empty(*x.shape)
-        for start, stop in self.bands.over(x.shape[2], 2 * x.row_bytes(self.dtype)):
-            whole[:, :, start:stop] = x.make(start, stop)
-        return replace(Frames.of(whole), doubled=x.doubled, single=x.single)
 
     def _residual(self, block: ResnetBlock, x: Frames) -> tuple[Tensor | None, Beside | None]:
         """What the output is added to, (B, F, H, W, C_out): x itself where that will do, else what is filled while x is walked over."""
