@@ -20,7 +20,7 @@ def sha256(paths: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as stream:
-            for piece in iter(lambda stream=stream: stream.read(_PIECE), b""):
+            while piece := stream.read(_PIECE):
                 digest.update(piece)
     return digest.hexdigest()
 
