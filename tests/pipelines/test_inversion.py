@@ -133,11 +133,11 @@ def test_a_long_video_in_windows_comes_back(text_pipe, schedule):
     """33 frames in windows of 17, also where these move from step to step, and with several prompts; not in other windows."""
     pipe, clean = text_pipe(), torch.randn(1, 9, 4, 4, 6, generator=torch.Generator().manual_seed(1))
     windows = {"context": ContextWindows(frames=17, overlap=0, schedule=schedule), "prompt": {0: PROMPT, 16: "a blue square"}}
-    found = invert(pipe, latents=clean, iterations=8, num_inference_steps=8, **windows)
+    found = invert(pipe, latents=clean, iterations=10, num_inference_steps=10, **windows)
     again = {"latents": found.latents, "timesteps": found.timesteps, "guidance_scale": 1.0, "output_type": "latent", "num_frames": 33}
     others = windows | {"context": ContextWindows(frames=17, overlap=0, schedule={"static": "uniform", "uniform": "static"}[schedule])}
     errors = [(call(pipe, **again, **given) - clean).square().mean().sqrt() for given in (windows, others)]
-    assert errors[0] < 2e-3 and errors[1] > 3 * errors[0]
+    assert errors[0] < 1e-3 and errors[1] > 4e-3
 
 
 def test_noise_that_a_way_back_does_not_start_from(text_pipe):
