@@ -267,6 +267,15 @@ def test_a_window_has_the_prompt_of_most_of_what_it_shows():
     assert changes == set(range(24, 32))  # the place of the change moves with the windows, whose middle is at 6
 
 
+@pytest.mark.parametrize("plan", PLANS)
+def test_prompts_follow_each_other_in_every_step(plan):
+    """In windows of every kind, with an image too: later windows never have an earlier prompt, and each of two halves is heard."""
+    for step in STEPS:
+        parts = [window.part for window in replace(plan, changes=(plan.total // 2,)).at(step)]
+        assert parts == sorted(parts)
+        assert plan.total < 2 * plan.length - plan.overlap or set(parts) == {0, 1}
+
+
 @pytest.mark.parametrize(("variant", "sequential", "parts"), [("5b", False, [0, 1, 1]), ("1.5-5b", True, [0, 1])])
 def test_each_window_is_predicted_with_its_prompt_alone(loaded, variant, sequential, parts):
     """The transformer gets the embeddings that a call with that prompt alone gives it, and the negative prompt in every window."""
