@@ -78,11 +78,15 @@ def watched(chunks, made):
 
 
 def test_a_story_in_windows(folders, tmp_path, monkeypatch):
-    made = []
+    """With memory for one window: the plan knows that no pass sees more."""
+    made, loaded = [], []
+    monkeypatch.setattr(generating, "load_pipeline", lambda *given: loaded.append(load_pipeline(*given)) or loaded[0])
     monkeypatch.setattr(writing, "write_video", lambda path, frames, fps: write_video(path, watched(frames, made), fps))
     told = replace(asked(folders(), tmp_path / "a.mp4", steps=1, frames=25, window=17), prompt=f"{PROMPT} [12:] a blue square")
     (path,) = generate(told)
     assert json.loads(path.with_suffix(".json").read_text())["settings"]["window"] == 17
+    work = loaded[0]._fitted.plan.work
+    assert (work.num_frames, work.seen_frames, work.prompts) == (25, 17, 2)
     pipe = package.CogVideoXPipeline.from_pretrained(folders())
     pipe.set_progress_bar_config(disable=True)
     options = {"num_inference_steps": 1, "generator": torch.Generator().manual_seed(3), "output_type": "np", "num_frames": 25, **SIZE}

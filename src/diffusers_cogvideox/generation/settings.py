@@ -177,6 +177,8 @@ def load_pipeline(settings: Settings, memory: Mapping[str, Any] | None = None) -
         pipe = load(source_of(settings.model), dtype=dtype).to(settings.device)
     else:
         sizes = {name: getattr(settings, name) for name in ("height", "width", "num_frames", "device")}
+        if settings.window is not None:  # the call plans anew, for a long video of which one window is seen at a time
+            sizes["num_frames"] = min(settings.window, settings.num_frames)
         pipe = load(source_of(settings.model), dtype=dtype, memory={**sizes, "steps": settings.num_inference_steps, **memory})
     for number, lora in enumerate(settings.loras):
         pipe.load_lora_weights(lora.file.path, adapter_name=f"lora{number}", lora_alpha=lora.alpha)

@@ -150,7 +150,7 @@ class FittingMixin(DiffusionPipeline):
             sequential=request.sequential_guidance,
             steps=request.steps,
             text_tokens=request.max_sequence_length if embeds is None else embeds.shape[1],
-            prompts=request.inputs.count if request.reads_text else 0,
+            prompts=max(request.inputs.count, len(request.inputs.starts)) if request.reads_text else 0,
             encoded_frames=encoded_frames(type(self).__name__, request.num_frames),
         )
 
