@@ -24,8 +24,9 @@ from diffusers_cogvideox.models import collectives
 from diffusers_cogvideox.models.autoencoder import AutoencoderKLCogVideoX
 from diffusers_cogvideox.models.collectives import Group, add_up, exchange, gather, shares
 from diffusers_cogvideox.models.vae_memory import Saving
-from diffusers_cogvideox.runtime import launch
+from diffusers_cogvideox.runtime import launch, streaming
 from diffusers_cogvideox.runtime.launch import Launch
+from diffusers_cogvideox.runtime.memory.costs import Costs
 from diffusers_cogvideox.runtime.parallel import share_work
 from parity import TINY_VAE, randomize
 from tiny_pipeline import call
@@ -315,7 +316,7 @@ def lost(folder: str, way: str) -> None:
 
     def leave(*_: Any) -> dict[str, Any]:
         if dist.get_rank() == 1:
-            os._exit(3) if way == "dies" else time.sleep(15)
+            os._exit(3) if way == "dies" else time.sleep(7)
         return {}
 
     call(pipe, callback_on_step_end=leave)
@@ -325,6 +326,7 @@ def agreement() -> None:
     """All have what the first one makes; where that fails, the others end."""
     ranks = Launch(dist.get_rank(), dist.get_world_size())
     assert ranks.agreed(lambda: {"from": ranks.rank}) == {"from": 0}
+    assert ranks.least(10 - ranks.rank) == 10 - (ranks.count - 1)
 
     def fail() -> None:
         raise ValueError("of the first")
@@ -338,9 +340,12 @@ def joined(*_: Any) -> Iterator[Launch]:
     yield Launch(dist.get_rank(), dist.get_world_size())
 
 
-def command_lines(several: list[list[str]]) -> list[tuple[int, str, str]]:
-    """Exit status of each command, and what it says on stderr and stdout."""
+def command_lines(several: list[list[str]], place: str | None = None) -> list[tuple[int, str, str]]:
+    """Exit status of each command, and what it says on stderr and stdout. `place` is where the weights of models with blocks are."""
     generate.together = joined
+    if place:
+        Costs.possible = lambda _, part: ["resident"] if part == "vae" else [place]
+        streaming._check_request = lambda *_: None  # from memory, which makes no sense to a processor, goes as it goes elsewhere
     outcomes = []
     for arguments in several:
         said, printed = io.StringIO(), io.StringIO()
@@ -351,6 +356,26 @@ def command_lines(several: list[list[str]]) -> list[tuple[int, str, str]]:
                 status = end.code
         outcomes.append((status, said.getvalue(), printed.getvalue()))
     return outcomes
+
+
+def interrupted(command: list[str], moment: int) -> tuple[list[int], list[int]]:
+    """A command that is interrupted before the end of a step, and made again: exit statuses, and the steps that each run made."""
+    make, statuses, made = generate.stream_videos, [], []
+
+    def stream_videos(*args: Any, callback_on_step_end: Any = None, **kwargs: Any) -> Any:
+        def callback(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            made[-1] += 1
+            if len(made) == 1 and made[-1] == moment:
+                raise KeyboardInterrupt
+            return callback_on_step_end(pipe, index, timestep, tensors) if callback_on_step_end else {}
+
+        return make(*args, callback_on_step_end=callback, **kwargs)
+
+    generate.stream_videos = stream_videos
+    for _ in range(2):
+        made.append(0)
+        statuses.append(command_lines([command])[0][0])
+    return statuses, made
 
 
 def script(path: str, *arguments: str) -> str:

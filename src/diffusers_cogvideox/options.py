@@ -191,9 +191,9 @@ class MemoryOptions:
 
     _: KW_ONLY
     vram: str | None = None
-    """Most that PyTorch may allocate on the GPU, such as 8GB (default: what is free there)."""
+    """Most that PyTorch may allocate on the GPU, such as 8GB (default: what is free there). Of several processes, each."""
     ram: str | None = None
-    """Most that the process may take in the memory of the host, such as 32GB (default: what is free there)."""
+    """Most that the process may take in the memory of the host, such as 32GB (default: what is free there). Of several processes, each."""
 
     def __post_init__(self) -> None:
         """Raise ValueError for what is no amount of memory."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from .latents import SavedLatents, identity_of
 from .model_folder import ModelFolder
 from .plan import plan
 from .preview import Preview, PreviewMap, fit_to_vae
-from .ranks import check_launch, share_launch
+from .ranks import agreed_budgets, check_launch, share_launch
 from .settings import load_pipeline, prepared, stream_videos
 from .writing import Clock, UnfinishedVideoError, in_words, write_files
 
@@ -57,7 +58,7 @@ def _planned(options: GenerateOptions, launch: Launch) -> tuple[list[Job], list[
     """All videos, and those that are not there yet."""
     jobs = plan(options)
     waiting = [job for job in jobs if options.overwrite or not _is_finished(job, options)]
-    check_launch(options, waiting, launch)
+    check_launch(options, launch)
     return jobs, waiting
 
 
@@ -69,14 +70,17 @@ def _is_finished(job: Job, options: GenerateOptions) -> bool:
 def _make_all(jobs: Sequence[Job], options: GenerateOptions, launch: Launch) -> None:
     """Make videos with one model. Raises as `generate`; the error of a single video, and of one of several processes, as it is."""
     clock = Clock()
-    pipe = load_pipeline(jobs[0].settings, {"vram": options.vram, "ram": options.ram} if launch.alone else None)
+    settings = jobs[0].settings
+    budgets = agreed_budgets(options, settings.device, launch)
+    shares_weights = options.parallel == "tensor"  # and the device need not hold all of them
+    pipe = load_pipeline(replace(settings, device="cpu")) if shares_weights else load_pipeline(settings, budgets)
+    shared = share_launch(pipe, jobs, options, launch, budgets)
     if pipe.memory_plan:
         logger.info(in_short(pipe.memory_plan))
-    shared = share_launch(pipe, jobs, options, launch)
     if options.tiling:
         pipe.vae.enable_tiling()
     clock.lap("load")
-    workshop = (Workshop if launch.first else Helper)(pipe, options, clock.seconds["load"], shared)
+    workshop = (Workshop if launch.first else Helper)(pipe, options, launch, clock.seconds["load"], shared)
     failures: list[str] = []
     for number, job in enumerate(jobs, start=1):
         try:
@@ -98,8 +102,10 @@ def _make_all(jobs: Sequence[Job], options: GenerateOptions, launch: Launch) -> 
 class Workshop:
     """A loaded model, and how its videos are made: with a journal, with a preview."""
 
-    def __init__(self, pipe: CogVideoXPipelineBase, options: GenerateOptions, load_seconds: float, shared: dict[str, Any]) -> None:
-        self._pipe, self._options, self._load_seconds, self._shared = pipe, options, load_seconds, shared
+    def __init__(
+        self, pipe: CogVideoXPipelineBase, options: GenerateOptions, launch: Launch, load_seconds: float, shared: dict[str, Any]
+    ) -> None:
+        self._pipe, self._options, self._launch, self._load_seconds, self._shared = pipe, options, launch, load_seconds, shared
         self._colours: PreviewMap | None = None  # fitted or read when the first video needs it
 
     def make(self, job: Job, title: str) -> None:
@@ -110,7 +116,8 @@ class Workshop:
         pipe = prepared(self._pipe, job.settings)
         pipe.set_progress_bar_config(desc=title)
         keep = bool(self._options.checkpoint_every) or job.journal.exists()
-        clock, journal, preview = Clock(load=self._load_seconds), self._journal(job), self._preview(pipe, job)
+        journal = self._launch.agreed(lambda: self._journal(job))
+        clock, preview = Clock(load=self._load_seconds), self._preview(pipe, job)
 
         def after_step(pipe: Any, index: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             clock.lap("denoise")
@@ -165,7 +172,7 @@ class Workshop:
     def _journal(self, job: Job) -> Journal | None:
         """The journal of a video, when one is wanted or there from an earlier run; or when its latents alone could not be finished."""
         wanted = self._options.checkpoint_every or job.journal.exists() or job.sources.extend
-        if not wanted or self._shared:  # several processes keep none
+        if not wanted:
             return None
         if self._options.overwrite:
             with suppress(ValueError, OSError):
@@ -196,7 +203,9 @@ class Helper(Workshop):
         """Take part in making one video."""
         pipe = prepared(self._pipe, job.settings)
         pipe.set_progress_bar_config(disable=True)
-        (frames,) = stream_videos(pipe, [job.prompt], [job.seed], job.settings, **job.sources.call_arguments())
+        journal = self._launch.agreed(lambda: self._journal(job))  # that of the first process, which alone looks for it and writes it
+        extra = {"journal": journal and journal.for_reading(), **job.sources.call_arguments()}
+        (frames,) = stream_videos(pipe, [job.prompt], [job.seed], job.settings, **extra)
         for _ in frames:
             pass
 

@@ -86,6 +86,13 @@ class Settings:
         """The context windows in which the video is made."""
         return None if self.window is None else ContextWindows(frames=self.window)
 
+    def fit_arguments(self) -> dict[str, Any]:
+        """The settings that are arguments of the pipeline's `fit`."""
+        sizes = {name: getattr(self, name) for name in ("height", "width", "num_frames", "device")}
+        if self.window is not None:  # the call plans anew, for a long video of which one window is seen at a time
+            sizes["num_frames"] = min(self.window, self.num_frames)
+        return {**sizes, "steps": self.num_inference_steps}
+
 
 def choose_settings(options: SamplingOptions, model: str | ModelFolder, files: Sequence[str] = (), **chosen: Any) -> Settings:
     """The checkpoint's recommendations, overridden by the options and by `chosen` (fields of Settings); None leaves a choice open.
@@ -176,10 +183,7 @@ def load_pipeline(settings: Settings, memory: Mapping[str, Any] | None = None) -
     if memory is None:
         pipe = load(source_of(settings.model), dtype=dtype).to(settings.device)
     else:
-        sizes = {name: getattr(settings, name) for name in ("height", "width", "num_frames", "device")}
-        if settings.window is not None:  # the call plans anew, for a long video of which one window is seen at a time
-            sizes["num_frames"] = min(settings.window, settings.num_frames)
-        pipe = load(source_of(settings.model), dtype=dtype, memory={**sizes, "steps": settings.num_inference_steps, **memory})
+        pipe = load(source_of(settings.model), dtype=dtype, memory={**settings.fit_arguments(), **memory})
     for number, lora in enumerate(settings.loras):
         pipe.load_lora_weights(lora.file.path, adapter_name=f"lora{number}", lora_alpha=lora.alpha)
     if settings.loras:

@@ -103,6 +103,12 @@ class ParallelMixin:
         groups = [context, tensor and Group.of(tensor._mesh.get_group()), self.batch_group]
         return [group for group in groups if group]
 
+    @property
+    def tensor_ranks(self) -> int:
+        """Ranks among which the weights are shared; 1 where this model has all of them."""
+        tensor = self._parallel_config and self._parallel_config.tensor_parallel_config
+        return tensor._mesh.size() if tensor else 1  # which a mesh of its own decides, not the degree
+
     def disable_parallelism(self) -> None:
         """Undo `enable_parallelism`. Raises ValueError for tensor parallelism: the other ranks' weights are gone."""
         if self._parallel_config is not None and self._parallel_config.tensor_parallel_config is not None:

@@ -5,6 +5,7 @@
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,8 @@ class FittingMixin(DiffusionPipeline):
         """Place the models so that a call fits into memory, in the fastest way; moving the pipeline with `to` is not needed.
 
         A later call that asks for more than the plan was made for plans anew, or raises before anything runs. Results stay the same to
-        rounding. A second `fit` replaces the first.
+        rounding. A second `fit` replaces the first. Ranks that work together (`share_work`, before) fit with the same amounts, so that
+        they make the same plan, for one half of guidance and a share of the weights where these are shared.
 
         Args:
             vram: most that PyTorch may allocate on the device, as "8GB" (10**9 bytes), "8GiB" (2**30 bytes) or a number of bytes; by
@@ -75,9 +77,13 @@ class FittingMixin(DiffusionPipeline):
         place = _resolved(device)
         sizes = {"height": height, "width": width, "num_frames": num_frames}
         work = _workload_of(type(self).__name__, self.call_defaults() | _given(sizes), videos, steps)  # type: ignore[attr-defined]
+        work = replace(work, sequential=self._has_a_half)
         budget = _budget(place, self._folder(), vram=vram, ram=ram, machine=machine)
         facts = ModelFacts.of_pipeline(self)
         plan = budget.plan(facts, work, str(self.transformer.dtype).removeprefix("torch."))
+        if self._fitted is not None and self._fitted.budget == budget:
+            self._fitted.follow(plan, facts)
+            return plan
         if self._fitted is not None:
             self._fitted.undo()
         else:
@@ -147,12 +153,18 @@ class FittingMixin(DiffusionPipeline):
             seen_frames=request.context.frames if request.context else 0,
             videos=request.count,
             guided=request.guided,
-            sequential=request.sequential_guidance,
+            sequential=request.sequential_guidance or self._has_a_half,
             steps=request.steps,
             text_tokens=request.max_sequence_length if embeds is None else embeds.shape[1],
             prompts=max(request.inputs.count, len(request.inputs.starts)) if request.reads_text else 0,
             encoded_frames=encoded_frames(type(self).__name__, request.num_frames),
         )
+
+    @property
+    def _has_a_half(self) -> bool:
+        """Whether ranks share the halves of guidance, which leaves no more samples for each than one half after the other."""
+        group = getattr(self.transformer, "batch_group", None)
+        return group is not None and group.size > 1
 
     # --- loading ----------------------------------------------------------------------------------------------------
 
@@ -194,8 +206,12 @@ class FittingMixin(DiffusionPipeline):
         return pipe
 
     def _folder(self) -> Path | None:
-        """The folder that the pipeline was loaded from, for what is read from disk."""
+        """The folder that the pipeline was loaded from, for what is read from disk; None for a share of its weights, which is not there."""
+        if getattr(self.transformer, "tensor_ranks", 1) > 1:
+            return None
         folder = Path(self.name_or_path) if getattr(self, "name_or_path", None) else None
+        if folder is None and self._fitted is not None:  # a pipeline over the models of another one
+            return self._fitted.budget.folder
         return folder if folder is not None and (folder / "transformer").is_dir() else None
 
     def _refuse_offloaded(self) -> None:

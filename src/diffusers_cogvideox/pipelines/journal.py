@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,8 @@ class Journal:
     """Saves the state of a call's denoise loops, and lets the same call go on from it: the video is the same to the bit.
 
     Hand one to `__call__(..., journal=...)`. When the file exists already, the loops that it knows leave out the steps that were done.
-    What a callback changed besides the latents is not part of the state. Keep calling with the same arguments and seed.
+    What a callback changed besides the latents is not part of the state. Keep calling with the same arguments and seed. Of several ranks,
+    one keeps the journal and hands the others copies (`for_reading`).
 
     Args:
         path: safetensors file; written whole or not at all.
@@ -81,6 +83,12 @@ class Journal:
             return "the start"
         state = self._states[-1]
         return f"step {state.steps} of {len(state.timesteps)}" + (f" of part {len(self._states)}" if len(self._states) > 1 else "")
+
+    def for_reading(self) -> Journal:
+        """A copy that never writes, for a process that makes the same call as the one which keeps the journal."""
+        made = copy(self)
+        made._states, made._every = list(self._states), None
+        return made
 
     # --- called by the denoise loop ---------------------------------------------------------------------------------------
 

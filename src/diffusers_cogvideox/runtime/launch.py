@@ -22,10 +22,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Launch:
-    """One of `count` processes that were started together."""
+    """One of `count` processes that were started together, `on_machine` of them on this one's machine."""
 
     rank: int = 0
     count: int = 1
+    on_machine: int = 1
 
     @property
     def first(self) -> bool:
@@ -57,6 +58,14 @@ class Launch:
             if box[0] is None:
                 raise SystemExit(2)
         return box[0][0]
+
+    def least(self, number: T) -> T:
+        """The smallest of the numbers that the processes name."""
+        if self.alone:
+            return number
+        numbers: list[Any] = [None] * self.count
+        dist.all_gather_object(numbers, number)
+        return min(numbers)
 
 
 def launched() -> int:
@@ -93,6 +102,6 @@ def together(device: str | None = None, timeout: float = TIMEOUT) -> Iterator[La
         torch.cuda.set_device(local)
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout))
     try:
-        yield Launch(dist.get_rank(), dist.get_world_size())
+        yield Launch(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", launched())))
     finally:
         dist.destroy_process_group()

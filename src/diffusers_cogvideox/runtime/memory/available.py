@@ -15,13 +15,15 @@ _SHARE = 0.9  # of what is free; the rest is for others
 _CGROUP = Path("/sys/fs/cgroup")
 
 
-def free_ram() -> int:
-    """Bytes of host memory that this process may take in all, with what it has already: nine tenths of what is free."""
+def free_ram(processes: int = 1) -> int:
+    """Bytes of host memory that this process may take in all, with what it has already: nine tenths of what is free, or its part of that
+    where as many `processes` as it is one of take memory on this machine.
+    """
     free = psutil.virtual_memory().available
     limit, used = (_read(_CGROUP / name) for name in ("memory.max", "memory.current"))
     if limit is not None and used is not None:  # of a container
         free = min(free, max(0, limit - used))
-    return int(_SHARE * free) + resident_bytes()
+    return int(_SHARE * free) // processes + resident_bytes()
 
 
 def free_vram(device: str | torch.device) -> int | None:

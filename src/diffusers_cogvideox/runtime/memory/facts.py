@@ -15,6 +15,8 @@ from transformers import T5Config, T5EncoderModel
 
 from ...geometry import Geometry
 from ...models.autoencoder import AutoencoderKLCogVideoX
+from ...models.collectives import Group
+from ...models.tensor_parallel import keep_share
 from ...models.transformer import CogVideoXTransformer3DModel
 from ...presets import Preset
 from ..streamed_parts import Parts
@@ -90,6 +92,7 @@ class ModelFacts:
         transformer, vae, text_encoder: the configs; no text encoder where only embeddings are passed.
         adapters: parameters of LoRA layers in the transformer.
         float32_residual: as `keep_residual_in_float32` of the transformer.
+        tensor_ranks: that share the weights of the transformer's blocks; the facts are those of the rank with the most.
     """
 
     name: str
@@ -99,6 +102,7 @@ class ModelFacts:
     text_encoder: Mapping[str, Any] | None = None
     adapters: int = 0
     float32_residual: bool = False
+    tensor_ranks: int = 1
 
     @classmethod
     def of_preset(cls, preset: Preset) -> ModelFacts:
@@ -125,6 +129,7 @@ class ModelFacts:
             vae=_plain(pipe.vae.config),
             text_encoder=None if encoder is None else encoder.config.to_dict(),
             float32_residual=pipe.transformer.float32_residual,
+            tensor_ranks=pipe.transformer.tensor_ranks,
         )
         adapters = sum(p.numel() for name, p in pipe.transformer.named_parameters() if ".lora_" in name)
         return cls(**{**vars(facts), "adapters": adapters})
@@ -137,7 +142,7 @@ class ModelFacts:
     @cached_property
     def transformer_part(self) -> PartFacts:
         """Parameters of the transformer, without adapters."""
-        return _transformer_facts(json.dumps(_plain(self.transformer)))
+        return _transformer_facts(json.dumps(_plain(self.transformer)), self.tensor_ranks)
 
     @cached_property
     def text_part(self) -> PartFacts | None:
@@ -170,10 +175,12 @@ def _vae(config: str) -> AutoencoderKLCogVideoX:
 
 
 @lru_cache(maxsize=32)
-def _transformer_facts(config: str) -> PartFacts:
+def _transformer_facts(config: str, ranks: int) -> PartFacts:
     given = json.loads(config)
     with torch.device("meta"):
         model = CogVideoXTransformer3DModel(**given | {"num_layers": 2})
+    if ranks > 1:
+        keep_share(model.transformer_blocks, Group("planned", 0, ranks))  # the first rank has no fewer heads and channels than others
     return _of_two_blocks(model, given["num_layers"], final=_count(model.norm_out.linear.parameters()))
 
 

@@ -77,6 +77,10 @@ class Fitted:
             return
         plan = self.budget.plan(facts, self.plan.work.joined(work), self.plan.dtype)
         logger.info(f"The memory plan is made anew for {plan.work}.")
+        self.follow(plan, facts)
+
+    def follow(self, plan: Plan, facts: ModelFacts) -> None:
+        """Go over to another plan within the same budget; what is in its place stays there."""
         self.plan, self.facts = plan, facts
         self._carry_out()
 
