@@ -90,6 +90,17 @@ def test_a_picture_of_one_colour_has_no_variance(device):
     assert variance.max() < 1e-12
 
 
+@pytest.mark.parametrize("way", [norms._by_batch_norm, norms._by_variance])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_librarys_statistics_are_those_of_float64(way, dtype):
+    """As many pixels as a processor is shown at once, with a mean of 30 standard deviations."""
+    x = (30 + torch.randn(16, norms._SUMMED // 16, 6)).to(dtype)
+    mean, variance = way(x)
+    assert mean.dtype == variance.dtype == torch.float32
+    torch.testing.assert_close(mean.double(), x.double().mean((0, 1)), rtol=1e-6, atol=0)
+    torch.testing.assert_close(variance.double(), x.double().var((0, 1), correction=0), rtol=3e-5, atol=0)
+
+
 # frames, latent frames, rows of the band, height, latent rows, width, latent columns, channels
 PLACES = [
     (3, 2, (3, 7), 8, 4, 12, 3, 6),  # an odd first frame, a band that begins inside a cell

@@ -14,7 +14,8 @@ class HostConvCache(ConvCache):
     """Keeps every convolution's frames in host memory (pinned where the device is a CUDA one) between the chunks.
 
     Copies run beside the arithmetic, on a stream of their own: what a convolution leaves goes out while the next ones run, and while it
-    runs, what the next one needs comes in; the order is that of the chunk before.
+    runs, what the next one needs comes in; the order is that of the chunk before. Where that is smaller, most memory is in use, and it is
+    fetched only when it is needed.
     """
 
     def __init__(self, device: torch.device, previous: ConvCache | None = None) -> None:
@@ -28,7 +29,7 @@ class HostConvCache(ConvCache):
             self.stored, self.order, self.stream = previous.stored, list(previous.current), previous.stream
 
     def take(self, conv: nn.Module) -> Tensor | None:
-        """What the chunk before left, on the device; starts to fetch what comes next."""
+        """What the chunk before left, on the device; starts to fetch what comes next, if that is not smaller."""
         if conv not in self.order:
             return None
         if conv not in self.coming:
@@ -36,9 +37,9 @@ class HostConvCache(ConvCache):
         tensor, ready = self.coming.pop(conv)
         if ready is not None:
             torch.cuda.current_stream(self.device).wait_event(ready)
-        place = self.order.index(conv) + 1
-        if place < len(self.order):
-            self._fetch(self.order[place])
+        following = self.order[self.order.index(conv) + 1 :][:1]
+        if following and self.stored[following[0]].nbytes >= tensor.nbytes:
+            self._fetch(following[0])
         return tensor
 
     def keep(self, conv: nn.Module, frames: Tensor) -> None:
