@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -19,7 +21,7 @@ from torch import nn
 
 from diffusers_cogvideox.files import atomic_path
 
-__all__ = ["RESULTS", "Stages", "machine", "peak_gib", "random_model", "write_result"]
+__all__ = ["RESULTS", "Stages", "machine", "peak_gib", "random_model", "timed_call", "write_result"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -63,6 +65,37 @@ def random_model(cls: type[nn.Module], config: dict[str, Any], dtype: torch.dtyp
         else:
             parameter.fill_(1.0 if name.endswith("weight") else 0.0)
     return model
+
+
+def timed_call(pipe: Any, sizes: argparse.Namespace, output_type: str) -> tuple[torch.Tensor, list[float]]:
+    """A guided call with random embeddings in place of a prompt and a fixed seed: what it gives, and the seconds of each step.
+
+    `sizes` has frames, height, width and steps.
+    """
+    config, device, dtype = pipe.transformer.config, torch.device(pipe.device), pipe.transformer.dtype
+    generator = torch.Generator().manual_seed(0)
+    embeds = torch.randn(2, 1, config.max_text_seq_length, config.text_embed_dim, generator=generator).to(device, dtype)
+    marks: list[float] = []
+
+    def mark(*_: Any) -> dict[str, Any]:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        marks.append(time.perf_counter())
+        return {}
+
+    mark()
+    result = pipe(
+        prompt_embeds=embeds[0],
+        negative_prompt_embeds=embeds[1],
+        num_frames=sizes.frames,
+        height=sizes.height,
+        width=sizes.width,
+        num_inference_steps=sizes.steps,
+        generator=generator,
+        output_type=output_type,
+        callback_on_step_end=mark,
+    ).frames
+    return result, [after - before for before, after in itertools.pairwise(marks)]
 
 
 class Stages:

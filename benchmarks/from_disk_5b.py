@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from common import RESULTS, random_model, write_result
+from common import RESULTS, random_model, timed_call, write_result
 from diffusers_cogvideox import PRESETS, AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
 from diffusers_cogvideox.files import check_writable
 
@@ -76,17 +76,7 @@ def run(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     pipe = CogVideoXPipeline.from_pretrained(folder, dtype=torch.bfloat16, memory=memory, **parts)
     loading = time.perf_counter() - start
     pipe.set_progress_bar_config(disable=True)
-    config = pipe.transformer.config
-    generator = torch.Generator().manual_seed(0)
-    embeds = torch.randn(2, 1, config.max_text_seq_length, config.text_embed_dim, generator=generator).bfloat16()
-    video = pipe(
-        prompt_embeds=embeds[0],
-        negative_prompt_embeds=embeds[1],
-        num_inference_steps=options.steps,
-        generator=generator,
-        output_type="pt",
-        **sizes,
-    ).frames
+    video, _ = timed_call(pipe, options, "pt")
     if video.shape != (1, options.frames, 3, options.height, options.width) or not torch.isfinite(video).all():
         raise RuntimeError(f"the video is wrong: shape {tuple(video.shape)}")
     report = pipe.report()

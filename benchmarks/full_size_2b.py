@@ -9,14 +9,11 @@ float32: weights are made in their final precision.
 from __future__ import annotations
 
 import argparse
-import itertools
-import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from common import RESULTS, Stages, random_model, write_result
+from common import RESULTS, Stages, random_model, timed_call, write_result
 from diffusers_cogvideox import PRESETS, AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
 from diffusers_cogvideox.files import check_writable
 
@@ -35,34 +32,14 @@ def build(tiny: bool, dtype: torch.dtype) -> CogVideoXPipeline:
 
 def run(pipe: CogVideoXPipeline, options: argparse.Namespace, stages: Stages) -> list[float]:
     """Make one video; returns the seconds of each denoising step, guidance included."""
-    config = pipe.transformer.config
-    shape = 1, config.max_text_seq_length, config.text_embed_dim
-    generator = torch.Generator().manual_seed(0)
-    embeds = torch.randn(2, *shape, generator=generator).to(pipe.transformer.dtype)
-    marks = [time.perf_counter()]
-
-    def mark(*_: Any) -> dict[str, Any]:
-        marks.append(time.perf_counter())
-        return {}
-
     pipe.set_progress_bar_config(disable=True)
     with stages.stage("denoise"):
-        latents = pipe(
-            prompt_embeds=embeds[0],
-            negative_prompt_embeds=embeds[1],
-            num_frames=options.frames,
-            height=options.height,
-            width=options.width,
-            num_inference_steps=options.steps,
-            generator=generator,
-            output_type="latent",
-            callback_on_step_end=mark,
-        ).frames
+        latents, seconds = timed_call(pipe, options, "latent")
     with stages.stage("decode"), torch.no_grad():
         video = pipe.decode_latents(latents)
     if video.shape != (1, 3, options.frames, options.height, options.width) or not torch.isfinite(video).all():
         raise RuntimeError(f"the video is wrong: shape {tuple(video.shape)}, finite: {bool(torch.isfinite(video).all())}")
-    return [round(after - before, 3) for before, after in itertools.pairwise(marks)]
+    return [round(one, 3) for one in seconds]
 
 
 def parse() -> argparse.Namespace:

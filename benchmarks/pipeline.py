@@ -10,9 +10,7 @@ for several budgets take. Step times of a GPU are measured only where there is o
 from __future__ import annotations
 
 import argparse
-import itertools
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ from diffusers import CogVideoXPipeline as StockPipeline
 from diffusers.models import AutoencoderKLCogVideoX as StockVAE
 from diffusers.models import CogVideoXTransformer3DModel as StockTransformer
 
-from common import RESULTS, random_model, write_result
+from common import RESULTS, random_model, timed_call, write_result
 from diffusers_cogvideox import PRESETS, AutoencoderKLCogVideoX, CogVideoXPipeline, CogVideoXTransformer3DModel
 from diffusers_cogvideox.files import atomic_path, check_writable
 from diffusers_cogvideox.models.rope import rope_for
@@ -62,34 +60,11 @@ def pipelines(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def run(pipe: Any, options: argparse.Namespace) -> tuple[dict[str, float], torch.Tensor]:
     """One call: seconds of a step (the median) and of all, bytes of memory that it took at its peak beyond what there was; its video."""
-    config = pipe.transformer.config
-    generator = torch.Generator().manual_seed(0)
-    embeds = torch.randn(2, 1, config.max_text_seq_length, config.text_embed_dim, generator=generator).to(options.device, torch.bfloat16)
-    marks: list[float] = []
     usage, device = Usage(), torch.device(options.device)
-
-    def mark(*_: Any) -> dict[str, Any]:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        marks.append(time.perf_counter())
-        return {}
-
     with usage.stage("before", device):
         pass
     with usage.stage("call", device):
-        mark()
-        video = pipe(
-            prompt_embeds=embeds[0],
-            negative_prompt_embeds=embeds[1],
-            num_frames=options.frames,
-            height=options.height,
-            width=options.width,
-            num_inference_steps=options.steps,
-            generator=generator,
-            output_type="pt",
-            callback_on_step_end=mark,
-        ).frames
-    steps = [after - before for before, after in itertools.pairwise(marks)]
+        video, steps = timed_call(pipe, options, "pt")
     before, after = usage.stages["before"], usage.stages["call"]
     grown = (after.device or 0) - (before.device or 0) if device.type == "cuda" else (after.host or 0) - (before.host or 0)
     return {"step": statistics.median(steps[1:] or steps), "call": after.seconds, "bytes": grown}, video
