@@ -77,9 +77,13 @@ class LiveStorages(TorchDispatchMode):
     def ignore(self, tree: Any) -> None:
         """Tensors that existed before: writing to them makes nothing new."""
         with self.elsewhere():
-            for leaf in tree_leaves(tree):
-                if isinstance(leaf, Tensor):
-                    self._see(leaf)
+            self.count(tree)
+
+    def count(self, tree: Any) -> None:
+        """Tensors that existed before, and count from now on."""
+        for leaf in tree_leaves(tree):
+            if isinstance(leaf, Tensor):
+                self._see(leaf)
 
     def _see(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()

@@ -111,9 +111,9 @@ def test_memory_of_a_block_shrinks():
         block.attn1.processor = lambda _, hidden_states, encoder_hidden_states, **__: (hidden_states.clone(), encoder_hidden_states.clone())
         args = [torch.empty(2, tokens, 64, device="meta") for tokens in (5000, 7)]
         peaks[batch, tokens] = live_peak(block, *args, torch.empty(1, 32, device="meta")) / (5007 * 64 * 4)
-    # Per sample: tokens, their normalised form, the joint form, the hidden layer before and after its activation; 4 D channels in it.
-    assert peaks[False, None] == pytest.approx(2 * 11, rel=0.02)
-    assert peaks[True, None] == pytest.approx(11 + 2, rel=0.02)
+    # Per sample: tokens, their modulated form, the hidden layer before and after its activation; 4 D channels in it.
+    assert peaks[False, None] == pytest.approx(2 * 10, rel=0.02)
+    assert peaks[True, None] == pytest.approx(10 + 2, rel=0.02)
     assert peaks[True, 64] < 2 + 3.2
 
 

@@ -5,7 +5,17 @@ import math
 import pytest
 import torch
 
-from diffusers_cogvideox.models.rope import apply_rotary, resized_positions, riflex_frequencies, rope_for, rotary_embedding, with_text
+from diffusers_cogvideox.models.rope import (
+    ROTATED,
+    apply_rotary,
+    as_complex,
+    resized_positions,
+    riflex_frequencies,
+    rope_for,
+    rotary_embedding,
+    rotate_,
+    with_text,
+)
 from diffusers_cogvideox.presets import PRESETS
 from parity import StockTransformer
 from transformer_cases import stock_rope, tiny_twins
@@ -77,6 +87,16 @@ def test_text_is_not_rotated():
     torch.testing.assert_close(rotated[:, 3], x[:, 3])  # position (0, 0, 0)
     assert (rotated[:, 4:] - x[:, 4:]).abs().amax() > 0.1
     assert apply_rotary(x.bfloat16(), rotary).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_rotation_in_place_is_the_same(dtype):
+    x = torch.randn(2, ROTATED + 5, 2, 16).to(dtype)
+    rotary = with_text(rotary_embedding(torch.arange(7), torch.arange(7), torch.arange(21), 16), 0)
+    expected = apply_rotary(x, rotary)
+    assert rotate_(x, as_complex(rotary)) is x
+    exact = torch.finfo(torch.float32).eps if dtype == torch.float64 else torch.finfo(dtype).eps
+    torch.testing.assert_close(x, expected, rtol=exact, atol=1e-6)
 
 
 @pytest.mark.parametrize("head_dim", [8, 24, 40])

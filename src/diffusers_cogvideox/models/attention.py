@@ -17,7 +17,8 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
 from .context_parallel import Spread, attend_together
-from .rope import apply_rotary, with_text
+from .joint import in_place, joined
+from .rope import apply_rotary, as_complex, rotate_, with_text
 
 __all__ = ["PROJECTIONS", "CogVideoXAttention", "CogVideoXAttnProcessor", "with_separate_projections"]
 
@@ -54,12 +55,13 @@ class CogVideoXAttnProcessor:
             new video tokens (B, N, D) and text tokens (B, L, D).
         """
         lengths = [encoder_hidden_states.shape[1], hidden_states.shape[1]]
-        joint = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-        query, key, value = (part.unflatten(-1, (-1, attn.head_dim)) for part in attn.project(joint))  # B x S x heads x d
-        query, key = attn.norm_q(query), attn.norm_k(key)
+        projected = attn.project(joined(encoder_hidden_states, hidden_states))
+        query, key, value = (part.unflatten(-1, (-1, attn.head_dim)) for part in projected)  # B x S x heads x d
+        del projected  # each part is let go when its normalised form is there
+        query = attn.norm_q(query)
+        key = attn.norm_k(key)
         if image_rotary_emb is not None:
-            rotary = with_text(image_rotary_emb, lengths[0])
-            query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
+            query, key = _rotated(query, key, with_text(image_rotary_emb, lengths[0]))
         if attention_mask is not None and attention_mask.ndim == 3:
             attention_mask = attention_mask.unsqueeze(1)
         attend = functools.partial(dispatch_attention_fn, backend=self._attention_backend)
@@ -67,10 +69,19 @@ class CogVideoXAttnProcessor:
             joint = attend(query, key, value, attn_mask=attention_mask).flatten(2)
         else:
             joint = attend_together(attend, query, key, value, attention_mask, spread).flatten(2)
+        del query, key, value
         for layer in attn.to_out:
             joint = layer(joint)
         text, video = joint.split(lengths, dim=1)
         return video, text
+
+
+def _rotated(query: Tensor, key: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Queries and keys (B, S, heads, d), which nobody else holds, rotated by tables of all tokens; in place where that is possible."""
+    if not in_place():
+        return apply_rotary(query, rotary), apply_rotary(key, rotary)
+    turns = as_complex(rotary)
+    return rotate_(query, turns), rotate_(key, turns)
 
 
 class CogVideoXAttention(AttentionModuleMixin, nn.Module):

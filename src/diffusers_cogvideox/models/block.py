@@ -21,6 +21,7 @@ from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 
 from .attention import CogVideoXAttention
+from .joint import in_place, joined, room_for_both
 
 __all__ = ["AdaLayerNorm", "CogVideoXBlock", "ExpertLayerNorm", "FinalLayerNorm", "Modulation", "TokenNorm"]
 
@@ -60,8 +61,10 @@ class AdaLayerNorm(nn.Module):
             return self.table[temb].unsqueeze(1).chunk(self.parts, dim=-1)
         return self.linear(nn.functional.silu(temb)).unsqueeze(1).chunk(self.parts, dim=-1)
 
-    def modulate(self, tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        """LN(tokens) (1 + scale) + shift for tokens (B, S, D), in the dtype of shift and scale."""
+    def modulate(self, tokens: Tensor, shift: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
+        """LN(tokens) (1 + scale) + shift for tokens (B, S, D), in the dtype of shift and scale; written to `out` where that is given."""
+        if out is not None:
+            return torch.addcmul(shift, self.norm(tokens), 1 + scale, out=out)
         return torch.addcmul(shift, self.norm(tokens), 1 + scale).to(shift.dtype)
 
 
@@ -72,11 +75,15 @@ class ExpertLayerNorm(AdaLayerNorm):
         super().__init__(condition_dim, dim, 6, affine, eps)
 
     def forward(self, video: Tensor, text: Tensor, temb: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Video (B, N, D), text (B, L, D), temb (1 or B, E) -> both modulated, then the two gates (1 or B, 1, D)."""
+        """Video (B, N, D), text (B, L, D), temb (1 or B, E) -> both modulated, then the two gates (1 or B, 1, D).
+
+        Without gradients the modulated streams lie one after the other in memory, for `joined`.
+        """
         vectors = self.vectors(temb)
         for_video, for_text = Modulation(*vectors[:3]), Modulation(*vectors[3:])
-        video = self.modulate(video, for_video.shift, for_video.scale)
-        text = self.modulate(text, for_text.shift, for_text.scale)
+        of_text, of_video = room_for_both(text, video, for_video.shift.dtype) if in_place() else (None, None)
+        video = self.modulate(video, for_video.shift, for_video.scale, of_video)
+        text = self.modulate(text, for_text.shift, for_text.scale, of_text)
         return video, text, for_video.gate, for_text.gate
 
 
@@ -159,7 +166,7 @@ class CogVideoXBlock(nn.Module):
             return self._feed_forward_in_chunks(video, text, temb, self.ff_tokens)
 
         video_in, text_in, video_gate, text_gate = self.norm2(video, text, temb)
-        joint = self.ff(torch.cat([text_in, video_in], dim=1))
+        joint = self.ff(joined(text_in, video_in))
         text_out, video_out = joint.split([text.shape[1], video.shape[1]], dim=1)
         return torch.addcmul(video, video_gate, video_out), torch.addcmul(text, text_gate, text_out)
 
@@ -168,10 +175,10 @@ class CogVideoXBlock(nn.Module):
         vectors = self.norm2.vectors(temb)
 
         def updated(tokens: Tensor, of: Modulation) -> Tensor:
-            in_place = not torch.is_grad_enabled() and torch.promote_types(tokens.dtype, of.gate.dtype) == tokens.dtype
-            add = Tensor.addcmul_ if in_place else torch.addcmul
+            ours = not torch.is_grad_enabled() and torch.promote_types(tokens.dtype, of.gate.dtype) == tokens.dtype
+            add = Tensor.addcmul_ if ours else torch.addcmul
             parts = [add(part, of.gate, self.ff(self.norm2.modulate(part, of.shift, of.scale))) for part in tokens.split(size, dim=1)]
-            return tokens if in_place else torch.cat(parts, dim=1)
+            return tokens if ours else torch.cat(parts, dim=1)
 
         return updated(video, Modulation(*vectors[:3])), updated(text, Modulation(*vectors[3:]))
 

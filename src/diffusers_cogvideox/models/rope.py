@@ -15,9 +15,19 @@ from torch import Tensor
 
 from ..geometry import Geometry
 
-__all__ = ["apply_rotary", "resized_positions", "riflex_frequencies", "rope_for", "rotary_embedding", "with_text"]
+__all__ = [
+    "apply_rotary",
+    "as_complex",
+    "resized_positions",
+    "riflex_frequencies",
+    "rope_for",
+    "rotary_embedding",
+    "rotate_",
+    "with_text",
+]
 
 THETA = 10000.0
+ROTATED = 1024  # tokens of a half-precision tensor that are float32 at a time
 RIFLEX_SHARE = 0.9  # of a period that a long video may take up, as in the authors' code
 
 Rotary = tuple[Tensor, Tensor]  # cos, sin
@@ -186,6 +196,35 @@ def apply_rotary(x: Tensor, rotary: Rotary) -> Tensor:
         the rotated x, in its own dtype.
     """
     cos, sin = (table.unsqueeze(1) for table in rotary)  # S x 1 x d, over batch and heads
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack((-b, a), dim=-1).flatten(-2)
-    return (x.float() * cos + turned.float() * sin).to(x.dtype)
+    signed = torch.stack((-sin[..., ::2], sin[..., 1::2]), dim=-1).flatten(-2)
+    exchanged = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # (b, a): for a compiler only other addresses
+    return (x.float() * cos + exchanged.float() * signed).to(x.dtype)
+
+
+def as_complex(rotary: Rotary) -> Tensor:
+    """Tables (cos, sin), each (S, d) with equal values for both channels of a pair, as cos + i sin: (S, d / 2), complex64."""
+    cos, sin = (table[:, ::2].float() for table in rotary)
+    return torch.complex(cos, sin)
+
+
+def rotate_(x: Tensor, turns: Tensor) -> Tensor:
+    """As `apply_rotary`, in place and without gradients: (a + i b) (cos + i sin), in float32.
+
+    One pass over memory for a float32 tensor, in place of six; one of half precision is made float32 ROTATED tokens at a time.
+
+    Args:
+        x: (B, S, heads, d), contiguous or a part of a contiguous tensor; nobody else may need it.
+        turns: of `as_complex`, (S, d / 2).
+
+    Returns:
+        x.
+    """
+    turns = turns.unsqueeze(1)  # S x 1 x d/2, over batch and heads
+    if x.dtype == torch.float32:
+        torch.view_as_complex(x.unflatten(-1, (-1, 2))).mul_(turns)
+        return x
+    for part, turn in zip(x.split(ROTATED, dim=1), turns.split(ROTATED), strict=True):
+        wide = part.float()
+        torch.view_as_complex(wide.unflatten(-1, (-1, 2))).mul_(turn)
+        part.copy_(wide)
+    return x

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..geometry import Geometry
+from .rope import ROTATED
 
 __all__ = ["Attention", "TransformerPass", "modulation_table_bytes", "rotary_bytes"]
 
@@ -34,6 +35,7 @@ class TransformerPass:
         attention: kind of kernel.
         float32_residual: whether the tokens between the layers are float32.
         adapters: whether LoRA layers run beside the projections.
+        unpacked: bytes per weight that a layer takes while it works, beside what is stored, where that is quantised.
     """
 
     config: Mapping[str, Any]
@@ -48,6 +50,7 @@ class TransformerPass:
     attention: Attention = "fused"
     float32_residual: bool = False
     adapters: bool = False
+    unpacked: int = 0
 
     @property
     def dim(self) -> int:
@@ -105,24 +108,27 @@ class TransformerPass:
         return 2 * self._stream + self._joint
 
     def _attention(self) -> int:
-        """The modulated stream apart and joined, q, k and v; then what normalising, rotating or attending adds to them."""
+        """The modulated stream, q, k and v; then what normalising one of them, rotating it or attending adds to them."""
         u, heads = self._joint, self.config["num_attention_heads"]
         statistics = self._group * self.sequence * heads * _FLOAT
-        normed = 2 * u + 2 * statistics * (2 if self.width < _FLOAT else 1)
+        normed = u + 2 * statistics * (2 if self.width < _FLOAT else 1)
         wide = u * _FLOAT // self.width
-        # One of q and k is done; of the other: neighbours exchanged, two products in float32 and a third of their size.
-        rotated = self._tables() + 2 * u + (3 * wide if self.width < _FLOAT else 3 * u) if self._rotates else 0
+        # Tables, and the same as complex numbers; half precision a few tokens at a time.
+        part = min(ROTATED, self.sequence) * (wide // self.sequence) if self.width < _FLOAT else 0
+        rotated = 3 * self._tables() // 2 + part if self._rotates else 0
         scores = self._group * heads * self.sequence**2 * _FLOAT
-        attended = self._tables() + u + statistics + (2 * scores + 3 * wide if self.attention == "math" else 0)
+        attended = u + statistics + (2 * scores + 3 * wide if self.attention == "math" else 0)
         adapted = 2 * u if self.adapters else 0
-        return 5 * u + max(normed, rotated, attended, adapted)
+        unpacked = self.dim**2 * self.unpacked
+        return 4 * u + max(normed, rotated, attended, adapted, unpacked)
 
     def _feed_forward(self) -> int:
         """The stream after attention, and the hidden layer before and after its activation: of all tokens, or of some at a time."""
+        unpacked = _EXPANSION * self.dim**2 * self.unpacked
         if self.ff_tokens is not None:
             part = self._group * min(self.ff_tokens, max(self.tokens, self.text)) * self.dim * self.width
-            return self._stream + (2 * _EXPANSION + 1) * part
-        return self._stream + (2 + 2 * _EXPANSION) * self._joint
+            return self._stream + max(2 * _EXPANSION * part, _EXPANSION * part + unpacked) + part
+        return self._stream + (1 + _EXPANSION) * self._joint + max(_EXPANSION * self._joint, unpacked)
 
     def _embedding(self) -> int:
         """Patches before and after they are put in order."""
