@@ -23,7 +23,7 @@ SAMPLING = {"--steps", "--guidance-scale", "--sampler", "--dtype", "--device", "
 # An option cannot appear, disappear or change its name by accident.
 OPTIONS = {
     "generate": {"prompt", "--model", "--output", "--negative-prompt", "--num-videos", "--size", "--frames", "--fps"}
-    | {"--lora", "--lora-alpha", "--vram", "--ram", "--cache", "--max-error", "--window"}
+    | {"--lora", "--lora-alpha", "--vram", "--ram", "--quantisation", "--cache", "--max-error", "--window"}
     | {"--image", "--last-image", "--video", "--strength", "--mask", "--control", "--extend", "--fit"}
     | {"--checkpoint-every", "--parallel", "--preview", "--no-preview", "--save-latents", "--no-save-latents", "--tiling", "--no-tiling"}
     | SAMPLING,

@@ -194,6 +194,9 @@ class MemoryOptions:
     """Most that PyTorch may allocate on the GPU, such as 8GB (default: what is free there). Of several processes, each."""
     ram: str | None = None
     """Most that the process may take in the memory of the host, such as 32GB (default: what is free there). Of several processes, each."""
+    quantisation: str | None = None
+    """Quantisation of the transformer, such as int8, that may be used where no plan that keeps the result fits or is as fast; see
+    docs/quantisation.md (default: none). For one process."""
 
     def __post_init__(self) -> None:
         """Raise ValueError for what is no amount of memory."""

@@ -31,7 +31,7 @@ def mistake(capsys, *arguments: str) -> str:
 def test_options_are_pinned():
     actions = [action for action in cli.parser_for("plan")._actions if action.dest != "help"]
     names = {name for action in actions for name in (action.option_strings or [action.dest])}
-    expected = {"model", "--vram", "--ram", "--size", "--frames", "--videos", "--steps", "--dtype", "--device"}
+    expected = {"model", "--vram", "--ram", "--size", "--frames", "--videos", "--steps", "--dtype", "--device", "--quantisation"}
     assert names == expected | {f"--{no}{name}" for name in ("guidance", "json") for no in ("", "no-")}
 
 
@@ -89,6 +89,9 @@ def test_the_shipped_models_have_plans(capsys):
         ("plan 7b", "Known by name are 2b, 5b, 5b-i2v"),
         ("plan 5b --vram 8GB --device cpu", "--vram 8GB has no meaning with --device cpu"),
         ("plan 5b --vram 1GB", "The smallest budget that works is"),
+        ("plan 5b --quantisation int3", "quantisation 'int3' is unknown: use one of int8, "),
+        ("plan 5b --vram 8GB --quantisation int8-dynamic", "slower than bfloat16 until the blocks are compiled"),
+        ("generate x --quantisation nf4 --device cpu --output OUT", "'nf4' does not run on cpu"),
         ("generate x --vram 8", "Did you mean 8GB?"),
         ("generate x --ram 1MB --output OUT", "does not fit into 1.00 MB of RAM. The smallest budget that works is"),
     ],
@@ -97,12 +100,21 @@ def test_mistakes(arguments, message, capsys, tmp_path):
     assert message in mistake(capsys, *arguments.replace("OUT", str(tmp_path)).split())
 
 
+def test_a_quantisation_is_allowed_not_demanded(capsys):
+    told = json.loads(printed(capsys, "5b", "--vram", "8GB", "--quantisation", "nf4", "--json"))
+    assert told["transformer"]["quantisation"] is None
+    assert [reason for reason in told["reasons"] if reason.startswith("nf4 is not used: the result stays the same without")]
+
+
 def test_a_video_carries_its_plan_and_what_it_took(folders, tmp_path, capsys):
     output = tmp_path / "a.mp4"
     arguments = ["generate", "a red circle", "--model", str(folders()), "--output", str(output), "--steps", "2", "--ram", "8GB"]
-    assert cli.main([*arguments, "--size", "32x48"]) == 0
+    assert cli.main([*arguments, "--size", "32x48", "--quantisation", "fp8-cast"]) == 0
     assert "at the peak" in capsys.readouterr().err
-    memory = json.loads(output.with_suffix(".json").read_text())["memory"]
+    recipe = json.loads(output.with_suffix(".json").read_text())
+    memory = recipe["memory"]
+    assert recipe["settings"]["quantisation"] == "fp8-cast"  # what was allowed; and what was done
+    assert memory["plan"]["transformer"]["quantisation"] is None
     assert memory["plan"]["ram"] == 8 * 10**9
     assert list(memory["stages"]) == ["encode", "text", "denoise", "decode"]
     assert memory["stages"]["decode"]["predicted_host"] > 0

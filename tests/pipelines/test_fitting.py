@@ -10,6 +10,7 @@ from diffusers_cogvideox.runtime.memory.costs import Costs, TransformerMode
 from diffusers_cogvideox.runtime.memory.facts import ModelFacts
 from diffusers_cogvideox.runtime.memory.staged import Staged
 from diffusers_cogvideox.runtime.memory.workload import MACHINES, Workload
+from diffusers_cogvideox.runtime.quantisation import quantisation_of, quantise
 from diffusers_cogvideox.runtime.streaming import is_streamed
 from live_storages import LiveStorages
 from tiny_pipeline import call
@@ -59,7 +60,9 @@ def test_parts_move_when_a_second_fit_says_so(fresh, pipe, monkeypatch):
 def test_measures_are_carried_out_and_undone(fresh, pipe, monkeypatch):
     one_way = [TransformerMode(None, True, 16, False)]
     looped = Costs._looped
-    monkeypatch.setattr(Costs, "_denoising", lambda self, place, _: (looped(self, mode, self._pass(mode), place) for mode in one_way))
+    monkeypatch.setattr(
+        Costs, "_denoising", lambda self, place, _: (looped(self, mode, self.transformer_pass(mode), place) for mode in one_way)
+    )
     fresh.fit(**SIZES)
     block = fresh.transformer.transformer_blocks[1]
     assert (block.one_by_one, block.ff_tokens) == (True, 16)
@@ -94,6 +97,62 @@ def test_auto_takes_what_there_is(folder):
     plan = CogVideoXPipeline.from_pretrained(folder, memory="auto").memory_plan
     assert set(plan.placements.values()) == {"resident"}
     assert plan.ram is not None
+
+
+@pytest.fixture
+def quantises(monkeypatch):
+    """What is allowed is the only way: a tiny model would always fit without."""
+    monkeypatch.setattr(Costs, "quantisations", property(lambda self: (self.facts.quantised or self.quantisation,)))
+
+
+@pytest.mark.parametrize("loading", [True, False])
+def test_a_plan_may_quantise_the_transformer(folder, pipe, quantises, loading):
+    memory = {"ram": "8GB", "device": "cpu", "quantisation": "fp8-cast", **SIZES}
+    fitted = CogVideoXPipeline.from_pretrained(folder, **({"memory": memory} if loading else {}))
+    plan = fitted.memory_plan if loading else fitted.fit(**memory)
+    assert plan.transformer.quantisation == quantisation_of(fitted.transformer) == "fp8-cast"
+    assert fitted.transformer.transformer_blocks[0].ff.net[2].weight.dtype == torch.float8_e4m3fn
+    assert "fp8-cast: weights stored as float8" in plan.table() and "quantised to fp8-cast" in fitted.report().active
+    video = call(fitted)
+    assert 1e-4 < (video - call(pipe)).abs().mean() < 0.05
+    fitted.fit(**SIZES)  # it cannot be undone, and the next plan counts with it
+    assert fitted.memory_plan.transformer.quantisation == "fp8-cast"
+    assert torch.equal(call(fitted), video)
+    call(fitted, num_frames=17)
+    assert fitted.memory_plan.transformer.quantisation == "fp8-cast"
+
+
+def test_a_larger_call_may_need_a_quantised_transformer(fresh, folder, from_disk, monkeypatch):
+    """Read from disk at first: its weights come back into memory to be quantised."""
+    monkeypatch.setattr(Costs, "quantisations", property(lambda _: (None,)))
+    fresh.fit(ram="8GB", device="cpu", quantisation="fp8-cast", **SIZES)
+    assert is_streamed(fresh.transformer) and fresh.memory_plan.transformer.quantisation is None
+    monkeypatch.setattr(Costs, "possible", lambda *_: ["resident"])
+    monkeypatch.setattr(Costs, "quantisations", property(lambda _: ("fp8-cast",)))
+    video = call(fresh, num_frames=17)
+    assert not is_streamed(fresh.transformer)
+    twin = CogVideoXPipeline.from_pretrained(folder)
+    quantise(twin.transformer, "fp8-cast", "cpu")
+    torch.testing.assert_close(video, call(twin, num_frames=17), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("int3", "'int3' is unknown"), ("nf4", "'nf4' does not run on cpu"), ("int4", "'int4' is not offered")],
+)
+def test_quantisations_that_are_not_possible_are_refused_before_loading(folder, fresh, monkeypatch, name, message):
+    with pytest.raises(ValueError, match=message):
+        fresh.fit(device="cpu", quantisation=name)
+    monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", lambda *_, **__: pytest.fail("it was loaded"))
+    with pytest.raises(ValueError, match=message):
+        CogVideoXPipeline.from_pretrained(folder, memory={"device": "cpu", "quantisation": name})
+
+
+def test_a_transformer_of_another_quantisation_is_refused(fresh):
+    layer = fresh.transformer.transformer_blocks[0].ff.net[2]
+    layer.weight = torch.nn.Parameter(layer.weight.data.as_subclass(type("GGUFParameter", (torch.Tensor,), {})))
+    with pytest.raises(ValueError, match=r"not in QUANTISATIONS \(GGUFParameter\)"):
+        fresh.fit(**SIZES)
 
 
 def test_device_memory_means_nothing_on_a_processor(fresh):

@@ -1,6 +1,8 @@
 """Quantised blocks: which layers, how many bytes, how large an error, and what is refused. Needs the packages of the extra `quant`."""
 
 import importlib.util
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,11 +11,22 @@ from torch import nn
 
 from diffusers_cogvideox import CogVideoXTransformer3DModel
 from diffusers_cogvideox.runtime import streaming
-from diffusers_cogvideox.runtime.quantisation import KEPT, QUANTISATIONS, check_quantisation, load_quantised, quantisation_config, quantise
+from diffusers_cogvideox.runtime.quantisation import (
+    BFLOAT16_ERROR,
+    KEPT,
+    QUANTISATIONS,
+    check_possible,
+    check_quantisation,
+    load_quantised,
+    quantisation_config,
+    quantisation_of,
+    quantise,
+)
 from diffusers_cogvideox.runtime.streamed_parts import named_tensors
 from transformer_cases import inputs, tiny_twins
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
 ON_CPU = [name for name, way in QUANTISATIONS.items() if "cpu" in way.devices]
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torchao", "ignore::UserWarning:peft", "ignore::DeprecationWarning:torchao")
@@ -135,7 +148,7 @@ def test_what_is_there_already_is_refused(saved):
         model.fuse_qkv_projections()
     if importlib.util.find_spec("torchao"):
         model = quantise(CogVideoXTransformer3DModel.from_pretrained(saved, torch_dtype=torch.bfloat16), "int8", CPU)
-        with pytest.raises(ValueError, match=r"to_q.weight is quantised already \(Int8Tensor\)"):
+        with pytest.raises(ValueError, match="is quantised as 'int8' already: load it anew for 'fp8'"):
             quantise(model, "fp8", CPU)
 
 
@@ -153,6 +166,30 @@ def test_ways_that_are_unknown_slow_or_elsewhere_are_refused(saved):
             load_quantised(CogVideoXTransformer3DModel, saved, name, device)
     with pytest.raises(ValueError, match=r"'fp8-cast' has no config: load the model, and call quantise"):
         quantisation_config("fp8-cast")
+
+
+def test_errors_are_those_that_were_measured():
+    """The table, what was measured, and the page."""
+    measured = json.loads((ROOT / "benchmarks" / "results" / "quantisation.json").read_text())["ways"]
+    page = (ROOT / "docs" / "quantisation.md").read_text()
+    for name, error in {"bfloat16": BFLOAT16_ERROR, **{name: way.error for name, way in QUANTISATIONS.items()}}.items():
+        found = measured[name].get("against float32", {}).get("velocity")
+        assert error == found
+        (row,) = [line for line in page.splitlines() if line.replace("`", "").startswith(f"| {name} |")]
+        told = row.split("|")[5].strip()
+        assert told.startswith("not measured") if found is None else float(told) == pytest.approx(found, abs=6e-5)
+
+
+def test_a_model_tells_how_it_is_quantised(saved, way):
+    assert quantisation_of(CogVideoXTransformer3DModel.from_pretrained(saved)) is None
+    model = load_quantised(CogVideoXTransformer3DModel, saved, way, CPU)
+    assert quantisation_of(model) == way
+    if QUANTISATIONS[way].torchao:  # also when diffusers has loaded it
+        config = quantisation_config(way, CPU)
+        assert quantisation_of(CogVideoXTransformer3DModel.from_pretrained(saved, quantization_config=config)) == way
+    quantise_again = [other for other in ON_CPU if other != way]
+    with pytest.raises(ValueError, match=f"is quantised as {way!r} already"):
+        check_possible(model, needed(quantise_again[0]), CPU)
 
 
 def test_a_package_that_is_missing_is_named(monkeypatch):

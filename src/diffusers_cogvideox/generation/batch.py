@@ -15,7 +15,10 @@ from .json_types import type_mistakes
 __all__ = ["Item", "each", "read_items"]
 
 WHOLE_RUN = frozenset(
-    ("model", "lora", "lora_alpha", "dtype", "device", "vram", "ram", "overwrite", "tiling", "checkpoint_every", "preview", "save_latents")
+    [
+        *("model", "lora", "lora_alpha", "dtype", "device", "vram", "ram", "quantisation"),
+        *("overwrite", "tiling", "checkpoint_every", "preview", "save_latents"),
+    ]
 )
 """Options that hold for all lines of a file: they say which model is loaded, and how the run goes."""
 

@@ -58,7 +58,7 @@ def _planned(options: GenerateOptions, launch: Launch) -> tuple[list[Job], list[
     """All videos, and those that are not there yet."""
     jobs = plan(options)
     waiting = [job for job in jobs if options.overwrite or not _is_finished(job, options)]
-    check_launch(options, launch)
+    check_launch(options, waiting, launch)
     return jobs, waiting
 
 

@@ -34,7 +34,7 @@ def plan_for(options: PlanOptions) -> Plan:
 
     Raises:
         OSError: for a model that is not there, or whose configs cannot be read.
-        ValueError: for sizes that the model cannot make, and for budgets that are too small.
+        ValueError: for sizes that the model cannot make, for budgets that are too small, and for quantisations that are not possible.
     """
     facts, best = _known(options.model)
     device = options.device or ("cuda" if options.vram or torch.cuda.is_available() else "cpu")
@@ -54,7 +54,8 @@ def plan_for(options: PlanOptions) -> Plan:
     )
     vram = parse_memory(options.vram, "--vram") if options.vram else free_vram(device) if device != "cpu" else None
     ram = parse_memory(options.ram, "--ram") if options.ram else free_ram() if device == "cpu" else None
-    return make_plan(facts, work, device=device, vram=vram, ram=ram, dtype=options.dtype or native_dtype(best.dtype, device))
+    dtype = options.dtype or native_dtype(best.dtype, device)
+    return make_plan(facts, work, device=device, vram=vram, ram=ram, dtype=dtype, quantisation=options.quantisation)
 
 
 def _known(model: str) -> tuple[ModelFacts, Recommended]:

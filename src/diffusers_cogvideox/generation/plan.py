@@ -64,7 +64,7 @@ def _jobs(number: int, item: Item, folder: ModelFolder, loras: tuple[LoraFile, .
     wanted: dict[str, Any] = {"height": height, "width": width, "num_frames": options.frames, "fps": options.fps}
     wanted = source | {name: value for name, value in wanted.items() if value is not None}
     cache = None if options.cache == "none" else options.cache
-    wanted |= {"cache": cache, "max_error": options.max_error, "window": options.window}
+    wanted |= {"cache": cache, "max_error": options.max_error, "window": options.window, "quantisation": options.quantisation}
     settings = choose_settings(options, folder, sources.names, negative_prompt=options.negative_prompt, loras=loras, **wanted)
     check_starts(starts_of(read_story(options.prompt)), settings.num_frames, settings.window, folder.geometry)
     _check_sources(sources, settings, source.get("num_frames"))

@@ -20,13 +20,16 @@ __all__ = ["agreed_budgets", "check_launch", "share_launch"]
 logger = logging.get_logger(__name__)
 
 
-def check_launch(options: GenerateOptions, launch: Launch) -> None:
-    """Raise ValueError for options that need several processes where there is one."""
+def check_launch(options: GenerateOptions, jobs: Sequence[Job], launch: Launch) -> None:
+    """Raise ValueError for options that need several processes where there is one, or one where there are several."""
     if launch.alone and options.parallel is not None:
         raise ValueError(
             f"--parallel {options.parallel} says how several processes share the work, but there is one: start them with "
             "torchrun --nproc_per_node N -m diffusers_cogvideox generate ..."
         )
+    quantised = next((job.settings.quantisation for job in jobs if job.settings.quantisation), None)
+    if quantised and not launch.alone:
+        raise ValueError(f"--quantisation {quantised} is for one process: several share the weights as they are. Leave it out.")
 
 
 def agreed_budgets(options: GenerateOptions, device: str, launch: Launch) -> dict[str, Any]:

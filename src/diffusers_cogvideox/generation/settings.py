@@ -14,6 +14,7 @@ from ..pipelines.base import CogVideoXPipelineBase
 from ..pipelines.decoding import FrameStream
 from ..pipelines.windows import ContextWindows
 from ..runtime.calibration import FILE, Calibration
+from ..runtime.quantisation import check_planned, check_quantisation
 from ..schedulers.scheduler import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 from ..video_io import check_rate, to_uint8
 from .json_types import type_mistakes
@@ -65,6 +66,7 @@ class Settings:
     cache: str | None = None  # of the model's calibration
     max_error: float | None = None
     window: int | None = None  # frames of a context window
+    quantisation: str | None = None  # that a memory plan may use
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Settings:
@@ -76,7 +78,7 @@ class Settings:
 
     def call_arguments(self) -> dict[str, Any]:
         """The settings that are arguments of the pipeline's `__call__`."""
-        elsewhere = {"model", "fingerprint", "pipeline", "loras", "sampler", "fps", "dtype", "device", "window"}
+        elsewhere = {"model", "fingerprint", "pipeline", "loras", "sampler", "fps", "dtype", "device", "window", "quantisation"}
         elsewhere |= set() if takes_frames(PIPELINES[self.pipeline]) else {"num_frames"}
         context = {} if self.context is None else {"context": self.context}
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in elsewhere} | context
@@ -88,7 +90,7 @@ class Settings:
 
     def fit_arguments(self) -> dict[str, Any]:
         """The settings that are arguments of the pipeline's `fit`."""
-        sizes = {name: getattr(self, name) for name in ("height", "width", "num_frames", "device")}
+        sizes = {name: getattr(self, name) for name in ("height", "width", "num_frames", "device", "quantisation")}
         if self.window is not None:  # the call plans anew, for a long video of which one window is seen at a time
             sizes["num_frames"] = min(self.window, self.num_frames)
         return {**sizes, "steps": self.num_inference_steps}
@@ -134,6 +136,19 @@ def check_settings(settings: Settings, folder: ModelFolder) -> None:
     check_precision(settings.dtype, check_device(settings.device))
     if settings.cache is not None:
         _check_cache(settings, settings.cache, folder)
+    if settings.quantisation is not None:
+        _check_quantisation(settings.quantisation, settings)
+
+
+def _check_quantisation(name: str, settings: Settings) -> None:
+    """Raise ValueError for a quantisation that is not possible here."""
+    check_planned(name, settings.device)
+    try:
+        way = check_quantisation(name, settings.device)
+    except ImportError as error:
+        raise ValueError(str(error)) from error
+    if settings.loras and not way.takes_adapters:
+        raise ValueError(f"--quantisation {name} is not possible with --lora, which would take its dtype: choose int8 or fp8.")
 
 
 def _check_cache(settings: Settings, cache: str, folder: ModelFolder) -> None:

@@ -22,6 +22,7 @@ from ..runtime.memory.plan import Plan
 from ..runtime.memory.report import Report, active_measures
 from ..runtime.memory.usage import Usage
 from ..runtime.memory.workload import Machine, Workload, encoded_frames
+from ..runtime.quantisation import QUANTISATIONS, check_possible, check_quantisation, load_quantised
 from ..runtime.streaming import load_streamed
 from ..units import parse_memory
 from .folder import INDEX, component_names, read_json
@@ -51,13 +52,15 @@ class FittingMixin(DiffusionPipeline):
         num_frames: int | None = None,
         videos: int = 1,
         steps: int = 50,
+        quantisation: str | None = None,
         machine: Machine | None = None,
     ) -> Plan:
         """Place the models so that a call fits into memory, in the fastest way; moving the pipeline with `to` is not needed.
 
         A later call that asks for more than the plan was made for plans anew, or raises before anything runs. Results stay the same to
-        rounding. A second `fit` replaces the first. Ranks that work together (`share_work`, before) fit with the same amounts, so that
-        they make the same plan, for one half of guidance and a share of the weights where these are shared.
+        rounding, unless the plan quantises the transformer, which cannot be undone. A second `fit` replaces the first. Ranks that work
+        together (`share_work`, before) fit with the same amounts, so that they make the same plan, for one half of guidance and a share
+        of the weights where these are shared.
 
         Args:
             vram: most that PyTorch may allocate on the device, as "8GB" (10**9 bytes), "8GiB" (2**30 bytes) or a number of bytes; by
@@ -65,6 +68,8 @@ class FittingMixin(DiffusionPipeline):
             ram: most that the process may take in the memory of the host, likewise.
             device: where to run, by default the GPU if there is one.
             height, width, num_frames, videos, steps: of the largest call, by default one video of the size that the model was trained for.
+            quantisation: one of `runtime.quantisation.QUANTISATIONS` that the plan may use, such as "int8", where no plan that keeps the
+                result fits or is as fast; by default none. A transformer that is quantised already stays so.
             machine: speeds of the machine, to rank plans with.
 
         Returns:
@@ -72,14 +77,18 @@ class FittingMixin(DiffusionPipeline):
 
         Raises:
             ValueError: where nothing fits, naming the smallest budget that would; for an amount without a unit; for a pipeline that is
-                offloaded already.
+                offloaded already; for a quantisation that is not possible here.
+            ImportError: the quantisation's package is not installed.
         """
         place = _resolved(device)
         sizes = {"height": height, "width": width, "num_frames": num_frames}
         work = _workload_of(type(self).__name__, self.call_defaults() | _given(sizes), videos, steps)  # type: ignore[attr-defined]
         work = replace(work, sequential=self._has_a_half)
-        budget = _budget(place, self._folder(), vram=vram, ram=ram, machine=machine)
+        budget = _budget(place, self._folder(), vram=vram, ram=ram, quantisation=quantisation, machine=machine)
         facts = ModelFacts.of_pipeline(self)
+        if quantisation is not None:
+            _refuse_shares(facts)
+            check_possible(self.transformer, quantisation, place)
         plan = budget.plan(facts, work, str(self.transformer.dtype).removeprefix("torch."))
         if self._fitted is not None and self._fitted.budget == budget:
             self._fitted.follow(plan, facts)
@@ -197,8 +206,13 @@ class FittingMixin(DiffusionPipeline):
         dtype = kwargs.get("dtype", kwargs.get("torch_dtype", torch.float32))
         facts, native = _facts_of(source, cls.__name__)
         work = _workload_of(cls.__name__, native | _given(fitting), fitting.get("videos", 1), fitting.get("steps", 50))
-        limits = {name: fitting.get(name) for name in ("vram", "ram", "machine")}
+        limits = {name: fitting.get(name) for name in ("vram", "ram", "quantisation", "machine")}
         plan = _budget(place, source, **limits).plan(facts, work, str(dtype).removeprefix("torch."))
+        quantisation = plan.transformer.quantisation
+        if quantisation and "transformer" not in kwargs:
+            kwargs["transformer"] = load_quantised(_STREAMED["transformer"], source / "transformer", quantisation, place, dtype=dtype)
+        elif fitting.get("quantisation") and QUANTISATIONS[fitting["quantisation"]].while_loading:
+            del fitting["quantisation"]
         for name in [name for name, where in plan.placements.items() if where == "disk" and name not in kwargs]:
             kwargs[name] = load_streamed(_STREAMED[name], source / name, place, dtype=dtype)
         pipe = super().from_pretrained(source, **kwargs)
@@ -230,6 +244,12 @@ def _is_offloaded(module: torch.nn.Module) -> bool:
     return hasattr(module, "_hf_hook") or (registry is not None and registry.get_hook("group_offloading") is not None)
 
 
+def _refuse_shares(facts: ModelFacts) -> None:
+    """Raise ValueError for a transformer of which each rank has a share of the weights."""
+    if facts.tensor_ranks > 1:
+        raise ValueError(f"{facts.tensor_ranks} ranks share the transformer's weights (tensor parallelism): leave quantisation out.")
+
+
 def _resolved(device: str | torch.device | None) -> torch.device:
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -237,13 +257,24 @@ def _resolved(device: str | torch.device | None) -> torch.device:
 
 
 def _budget(
-    device: torch.device, folder: Path | None, vram: str | int | None = None, ram: str | int | None = None, machine: Machine | None = None
+    device: torch.device,
+    folder: Path | None,
+    vram: str | int | None = None,
+    ram: str | int | None = None,
+    quantisation: str | None = None,
+    machine: Machine | None = None,
 ) -> Budget:
-    """Limits that are not given are what is free. Raises ValueError for an amount without a unit."""
+    """Limits that are not given are what is free.
+
+    Raises ValueError for an amount without a unit; ValueError or ImportError for a quantisation that cannot be used here.
+    """
+    if quantisation is not None:
+        check_quantisation(quantisation, device)
     return Budget(
         device=device,
         vram=free_vram(device) if vram is None else parse_memory(vram, "vram"),
         ram=free_ram() if ram is None else parse_memory(ram, "ram"),
+        quantisation=quantisation,
         machine=machine,
         folder=folder,
     )

@@ -17,10 +17,26 @@ import torch
 from diffusers import BitsAndBytesConfig, TorchAoConfig
 from torch import nn
 
-__all__ = ["KEPT", "QUANTISATIONS", "Quantisation", "check_quantisation", "load_quantised", "quantisation_config", "quantise"]
+__all__ = [
+    "BFLOAT16_ERROR",
+    "KEPT",
+    "QUANTISATIONS",
+    "Quantisation",
+    "check_planned",
+    "check_possible",
+    "check_quantisation",
+    "load_quantised",
+    "quantisation_config",
+    "quantisation_of",
+    "quantise",
+    "quantised_layers",
+]
 
 KEPT = ("patch_embed", "time_embedding", "ofs_embedding", "norm1", "norm2", "norm_q", "norm_k", "norm_final", "norm_out", "proj_out")
 """Names of the transformer's parts that keep their precision."""
+
+BFLOAT16_ERROR = 0.00772
+"""As `Quantisation.error`, of bfloat16."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +51,9 @@ class Quantisation:
         devices: kinds of devices that it runs on.
         capability: smallest CUDA compute capability.
         compiled: whether it is slower than bfloat16 until the blocks are compiled.
+        float32_copies: of a layer's weights that are alive at once while it works, beside those in the dtype of the arithmetic.
+        error: relative rms error of the shipped model's velocity against float32, where that in bfloat16 is BFLOAT16_ERROR
+            (benchmarks/results/quantisation.json); None where it has not been measured.
         about: what is done with weights and activations.
         torchao: name of torchao's config, for the ways that are torchao's.
     """
@@ -46,12 +65,33 @@ class Quantisation:
     devices: tuple[str, ...] = ("cuda",)
     capability: tuple[int, int] = (0, 0)
     compiled: bool = False
+    float32_copies: int = 0
+    error: float | None = None
     about: str
     torchao: str | None = None
 
     def bytes_per_parameter(self, columns: int = 3072) -> float:
         """Bytes per weight of a quantised matrix with so many columns (the width D), scales included."""
-        return (self.bits + self.block_bits) / 8 + self.row_bytes / columns
+        return self.stored_bytes(columns, 1) / columns
+
+    def stored_bytes(self, weights: int, rows: int) -> float:
+        """Bytes of so many weights in matrices of so many rows in all, scales included."""
+        return weights * (self.bits + self.block_bits) / 8 + rows * self.row_bytes
+
+    @property
+    def while_loading(self) -> bool:
+        """Whether it is made only while a model is loaded, and on the device."""
+        return self.package == "bitsandbytes"
+
+    @property
+    def takes_adapters(self) -> bool:
+        """Whether LoRAs are loaded after it; otherwise before it."""
+        return self.package is not None
+
+    def in_words(self) -> str:
+        """What it does, and its error."""
+        measured = "not measured" if self.error is None else f"{100 * self.error:.2g} %, and {100 * BFLOAT16_ERROR:.2g} % in bfloat16"
+        return f"{self.about}. Lossy: relative error of the shipped model's velocity {measured}; larger models have other errors"
 
 
 QUANTISATIONS: Mapping[str, Quantisation] = MappingProxyType(
@@ -61,6 +101,7 @@ QUANTISATIONS: Mapping[str, Quantisation] = MappingProxyType(
             row_bytes=5,
             package="torchao",
             devices=("cuda", "xpu", "cpu"),
+            error=0.00954,
             about="weights in int8 with a scale per row; arithmetic in bfloat16",
             torchao="Int8WeightOnlyConfig",
         ),
@@ -70,6 +111,7 @@ QUANTISATIONS: Mapping[str, Quantisation] = MappingProxyType(
             package="torchao",
             devices=("cuda", "cpu"),
             compiled=True,
+            error=0.01098,
             about="weights in int8 with a scale per row, activations in int8 with a scale per token; arithmetic in int8",
             torchao="Int8DynamicActivationInt8WeightConfig",
         ),
@@ -78,6 +120,8 @@ QUANTISATIONS: Mapping[str, Quantisation] = MappingProxyType(
             row_bytes=4,
             package="torchao",
             devices=("cuda", "xpu", "cpu"),
+            float32_copies=2,
+            error=0.01811,
             about="weights in float8 (e4m3) with a scale per row; arithmetic in bfloat16",
             torchao="Float8WeightOnlyConfig",
         ),
@@ -94,16 +138,20 @@ QUANTISATIONS: Mapping[str, Quantisation] = MappingProxyType(
             bits=4,
             block_bits=8 / 64 + 32 / (64 * 256),
             package="bitsandbytes",
+            error=0.05926,
             about="weights in 4-bit NormalFloat with a scale for 64, itself in 8 bits (QLoRA, arXiv 2305.14314); arithmetic in bfloat16",
         ),
         "fp8-cast": Quantisation(
             bits=8,
             devices=("cuda", "xpu", "mps", "cpu"),
+            error=0.02055,
             about="weights stored as float8 (e4m3) without scales and cast when used: diffusers' layerwise casting",
         ),
     }
 )
 """The ways by name. GGUF files keep their own: `CogVideoXTransformer3DModel.from_single_file(..., quantization_config=...)`."""
+
+_MARK = "_cogvideox_quantisation"  # attribute of models that have been quantised here
 
 _REFUSED = {
     "int4": "CogVideoX-5B with torchao's int4 weights took 1068 s for a video on an A100, 212 s in bfloat16 (diffusers-torchao): use 'nf4'",
@@ -118,16 +166,7 @@ def check_quantisation(name: str, device: torch.device | str) -> Quantisation:
         ValueError: it is unknown, known to be slow or broken, or not for this device; the message says why, and what to take instead.
         ImportError: its package is not installed.
     """
-    if name in _REFUSED:
-        raise ValueError(f"quantisation {name!r} is not offered: {_REFUSED[name]}.")
-    if name not in QUANTISATIONS:
-        raise ValueError(f"quantisation {name!r} is unknown: use one of {', '.join(QUANTISATIONS)}.")
-    way, device = QUANTISATIONS[name], torch.device(device)
-    if device.type not in way.devices:
-        others = [other for other, candidate in QUANTISATIONS.items() if device.type in candidate.devices]
-        raise ValueError(
-            f"quantisation {name!r} does not run on {device.type}, only on {', '.join(way.devices)}: use {' or '.join(others)}."
-        )
+    way, device = _offered(name, torch.device(device)), torch.device(device)
     if device.type == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability(device) < way.capability:
         raise ValueError(
             f"quantisation {name!r} needs compute capability {'.'.join(map(str, way.capability))}, and this device has "
@@ -135,6 +174,50 @@ def check_quantisation(name: str, device: torch.device | str) -> Quantisation:
         )
     if way.package and find_spec(way.package) is None:
         raise ImportError(f"quantisation {name!r} needs {way.package}: pip install 'diffusers-cogvideox[quant]'.")
+    return way
+
+
+def check_planned(name: str, device: torch.device | str) -> Quantisation:
+    """The way of that name, if memory plans for this kind of device know it; nothing has to be installed.
+
+    Raises:
+        ValueError: as `check_quantisation`; for ways that are slow until the blocks are compiled, which a plan does not do.
+    """
+    way = _offered(name, torch.device(device))
+    if way.compiled:
+        raise ValueError(
+            f"quantisation {name!r} is slower than bfloat16 until the blocks are compiled, which a memory plan does not do: use 'int8' or "
+            "'fp8'; or leave plans out, load_quantised(...) and compile_repeated_blocks()."
+        )
+    return way
+
+
+def check_possible(model: Any, name: str, device: torch.device | str) -> None:
+    """Raise as `quantise` would, but for hooks, which are told of there; nothing for a model that is quantised in this way already."""
+    way, found = check_quantisation(name, device), quantisation_of(model)
+    if found not in (None, name):
+        raise ValueError(f"the transformer is quantised as {found!r} already: load it anew for {name!r}, or ask for {found!r}.")
+    if found is not None:
+        return
+    if way.while_loading:
+        raise ValueError(f"quantisation {name!r} is made while a model is loaded: use load_quantised(...).")
+    adapter = next((parameter for parameter, _ in model.named_parameters() if ".lora_" in parameter), None)
+    if adapter and way.takes_adapters:
+        raise ValueError(f"the model has adapters ({adapter}): fuse or unload them, quantise ({name!r}), and load others after it.")
+
+
+def _offered(name: str, device: torch.device) -> Quantisation:
+    """The way of that name. Raises ValueError where it is unknown, known to be slow or broken, or not for this kind of device."""
+    if name in _REFUSED:
+        raise ValueError(f"quantisation {name!r} is not offered: {_REFUSED[name]}.")
+    if name not in QUANTISATIONS:
+        raise ValueError(f"quantisation {name!r} is unknown: use one of {', '.join(QUANTISATIONS)}.")
+    way = QUANTISATIONS[name]
+    if device.type not in way.devices:
+        others = [other for other, candidate in QUANTISATIONS.items() if device.type in candidate.devices]
+        raise ValueError(
+            f"quantisation {name!r} does not run on {device.type}, only on {', '.join(way.devices)}: use {' or '.join(others)}."
+        )
     return way
 
 
@@ -152,7 +235,7 @@ def quantisation_config(name: str, device: torch.device | str = "cuda", dtype: t
     way = check_quantisation(name, device)
     if way.torchao:
         return TorchAoConfig(_torchao_config(way), modules_to_not_convert=list(KEPT))
-    if way.package == "bitsandbytes":
+    if way.while_loading:
         return BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -182,7 +265,9 @@ def load_quantised(
     way = check_quantisation(name, device)
     if way.package is None:
         return quantise(cls.from_pretrained(directory, torch_dtype=dtype, **kwargs), name, device)
-    return cls.from_pretrained(directory, torch_dtype=dtype, quantization_config=quantisation_config(name, device, dtype), **kwargs)
+    model = cls.from_pretrained(directory, torch_dtype=dtype, quantization_config=quantisation_config(name, device, dtype), **kwargs)
+    setattr(model, _MARK, name)
+    return model
 
 
 def quantise(model: Any, name: str, device: torch.device | str = "cuda") -> Any:
@@ -196,20 +281,42 @@ def quantise(model: Any, name: str, device: torch.device | str = "cuda") -> Any:
         ImportError: its package is not installed.
     """
     way = check_quantisation(name, device)
-    if way.package == "bitsandbytes":
-        raise ValueError(f"quantisation {name!r} is made while a model is loaded: use load_quantised(...).")
-    _check_plain(model, name, adapters=way.package is None)
+    check_possible(model, name, device)
+    _check_plain(model, name)
     if way.torchao:
         from torchao.quantization import quantize_
 
-        chosen = {id(layer) for layer in _layers(model)}
+        chosen = {id(layer) for layer in quantised_layers(model)}
         quantize_(model, _torchao_config(way), filter_fn=lambda layer, _: id(layer) in chosen)
     else:
-        dtype = next(layer.weight.dtype for layer in _layers(model))
+        dtype = next(layer.weight.dtype for layer in quantised_layers(model))
         model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype, skip_modules_pattern=(*KEPT, "lora_"))
         for method in ("add_adapter", "load_lora_adapter"):
             setattr(model, method, _refuse_adapters)
+    setattr(model, _MARK, name)
     return model
+
+
+def quantisation_of(model: nn.Module) -> str | None:
+    """The way in which the blocks of a transformer are stored; None for those that are not quantised.
+
+    Raises ValueError for a quantisation that is none of these, such as a GGUF file's.
+    """
+    if name := getattr(model, _MARK, None):
+        return name
+    config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    for name, way in QUANTISATIONS.items():
+        if way.torchao and type(getattr(config, "quant_type", None)).__name__ == way.torchao:
+            return name
+        if way.while_loading and getattr(config, "bnb_4bit_quant_type", None) == name:
+            return name
+    kinds = sorted({type(layer.weight.data).__name__ for layer in quantised_layers(model) if type(layer.weight.data) is not torch.Tensor})
+    if config is not None or kinds:
+        raise ValueError(
+            f"the blocks are quantised in a way that is not in QUANTISATIONS ({', '.join(kinds) or type(config).__name__}), and what it "
+            "takes is not known: load the transformer with load_quantised(...)."
+        )
+    return None
 
 
 def _torchao_config(way: Quantisation) -> Any:
@@ -219,8 +326,8 @@ def _torchao_config(way: Quantisation) -> Any:
     return make()
 
 
-def _layers(model: nn.Module) -> Iterator[nn.Linear]:
-    """The layers that are quantised."""
+def quantised_layers(model: nn.Module) -> Iterator[nn.Linear]:
+    """The layers of a transformer, or of one of its blocks, that are quantised, or will be."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and not any(part in KEPT for part in name.split(".")):
             yield module
@@ -230,16 +337,12 @@ def _refuse_adapters(*_: Any, **__: Any) -> NoReturn:
     raise ValueError("a LoRA would take the blocks' float8 as its dtype: load it before the model is cast (quantisation 'fp8-cast').")
 
 
-def _check_plain(model: Any, name: str, adapters: bool) -> None:
+def _check_plain(model: Any, name: str) -> None:
     for layer_name, module in model.named_modules():
         if hasattr(module, "_hf_hook") or getattr(getattr(module, "_diffusers_hook", None), "hooks", None):
             raise ValueError(
                 f"{layer_name or type(model).__name__} carries hooks (offloading, streaming, casting, a cache): quantise ({name!r}) first."
             )
     for parameter_name, parameter in model.named_parameters():
-        if ".lora_" in parameter_name and not adapters:
-            raise ValueError(
-                f"the model has adapters ({parameter_name}): fuse or unload them, quantise ({name!r}), and load others after it."
-            )
         if type(parameter.data) is not torch.Tensor:
             raise ValueError(f"{parameter_name} is quantised already ({type(parameter.data).__name__}): load the model anew.")

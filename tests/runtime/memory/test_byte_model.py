@@ -1,5 +1,6 @@
 """What the closed forms say that a pass takes, against the storages that are alive while it runs on the meta device."""
 
+import importlib.util
 import itertools
 
 import pytest
@@ -9,10 +10,14 @@ from transformers import T5Config, T5EncoderModel
 from diffusers_cogvideox import PRESETS, CogVideoXTransformer3DModel
 from diffusers_cogvideox.models.rope import rope_for
 from diffusers_cogvideox.models.transformer_memory import TransformerPass, modulation_table_bytes
+from diffusers_cogvideox.runtime.memory.costs import Costs, TransformerMode
 from diffusers_cogvideox.runtime.memory.facts import T5_XXL, ModelFacts
 from diffusers_cogvideox.runtime.memory.text_encoder import text_encoder_peak
-from live_storages import fused_attention, live_peak
-from parity import TINY_TRANSFORMERS
+from diffusers_cogvideox.runtime.memory.workload import MACHINES, Workload
+from diffusers_cogvideox.runtime.quantisation import QUANTISATIONS, quantise
+from diffusers_cogvideox.runtime.streamed_parts import named_tensors
+from live_storages import LiveStorages, fused_attention, live_peak
+from parity import TINY_TRANSFORMERS, StockTransformer
 
 SIZES = [(2, 16, 24, 7), (4, 20, 32, 64)]  # latent frames, height, width; tokens of text
 
@@ -23,18 +28,19 @@ def small(variant):
     return config | {"num_attention_heads": 4, "num_layers": 2, "use_rotary_positional_embeddings": variant != "2b"}
 
 
-def measured(config, sizes, batch, dtype, fused=True, **saving):
+def measured(config, sizes, batch, dtype, fused=True, cls=CogVideoXTransformer3DModel, **saving):
     frames, height, width, text = sizes
     with torch.device("meta"):
-        model = torch.nn.Module.to(CogVideoXTransformer3DModel(**config), dtype).eval()
-    model.split_batch(saving.get("split_batch", False))
-    model.chunk_feed_forward(saving.get("ff_tokens"))
-    model.keep_residual_in_float32(saving.get("float32_residual", False))
+        model = torch.nn.Module.to(cls(**config), dtype).eval()
+    if saving:
+        model.split_batch(saving.get("split_batch", False))
+        model.chunk_feed_forward(saving.get("ff_tokens"))
+        model.keep_residual_in_float32(saving.get("float32_residual", False))
     latents = torch.empty(batch, frames, config["in_channels"], height, width, dtype=dtype, device="meta")
     embeds = torch.empty(batch, text, config["text_embed_dim"], dtype=dtype, device="meta")
     rotary = rope_for(config, frames, height, width, "meta") or ()
     ofs = torch.empty(1, device="meta") if config.get("ofs_embed_dim") else None
-    timestep = torch.empty(1, device="meta")
+    timestep = torch.empty(batch, device="meta")
 
     def call(latents, embeds, timestep, *rotary):
         options = {} if ofs is None else {"ofs": ofs}
@@ -83,6 +89,35 @@ def test_the_released_size(mode):
     config, sizes = PRESETS["5b"].transformer | {"num_layers": 2}, (13, 60, 90, 226)
     found = measured(config, sizes, 2, torch.bfloat16, **mode)
     assert predicted(config, sizes, 2, torch.bfloat16, **mode) == pytest.approx(found, rel=0.02)
+    assert found < 0.9 * measured(config, sizes, 2, torch.bfloat16, cls=StockTransformer)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torchao", "ignore::DeprecationWarning:torchao")
+@pytest.mark.parametrize("name", ["int8", "fp8", "fp8-cast"])
+def test_quantised_weights_and_what_their_layers_take(name):
+    """Storages of the processor: those of the weights and of a pass in all, where the layers at work are unpacked."""
+    package = QUANTISATIONS[name].package
+    if package and importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed: pip install 'diffusers-cogvideox[quant]'")
+    preset, config = PRESETS["5b"], small("5b") | {"num_attention_heads": 8, "num_layers": 3}
+    facts = ModelFacts(name="tiny", pipeline=preset.pipeline, transformer=config, vae=preset.vae, quantised=name)
+    for frames, height, width, text in ((1, 4, 4, 3), SIZES[0]):
+        model = quantise(torch.nn.Module.to(CogVideoXTransformer3DModel(**config), torch.bfloat16).eval(), name, "cpu")
+        inputs = torch.zeros(1, frames, config["in_channels"], height, width), torch.zeros(1, text, config["text_embed_dim"])
+        inputs = [value.bfloat16() for value in inputs]
+        rotary = rope_for(config, frames, height, width)
+        live = LiveStorages()
+        live.count([tensor for _, tensor in named_tensors(model)])
+        live.ignore([*inputs, *rotary, *model.parameters()])  # of which some are wrappers around what was counted
+        weights = live.now
+        with torch.no_grad(), live:
+            model(*inputs, 5.0, image_rotary_emb=rotary, return_dict=False)
+        work = Workload(height=8 * height, width=8 * width, num_frames=4 * frames - 3, guided=False, text_tokens=text)
+        costs = Costs(facts=facts, work=work, dtype="bfloat16", device="cuda", machine=MACHINES["cuda"])
+        assert costs.weights("transformer", name) == pytest.approx(weights, rel=0.02)
+        assert weights < 0.6 * costs.weights("transformer")
+        mode = TransformerMode(name)
+        assert costs.weights("transformer", name) + costs.transformer_pass(mode).peak() == pytest.approx(live.peak, rel=0.1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

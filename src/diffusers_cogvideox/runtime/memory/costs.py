@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from typing import Literal
@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 
 from ...models.transformer_memory import Attention, TransformerPass, modulation_table_bytes, rotary_bytes
+from ..quantisation import QUANTISATIONS
 from .facts import WIDTHS, ModelFacts, PartFacts
 from .text_encoder import text_encoder_peak
 from .vae import Coding, codings
@@ -69,7 +70,7 @@ class Costs:
         facts, work, dtype: what is computed, and in which precision.
         device: kind of device.
         machine: its speeds.
-        lossy: quantisations that may be used, and their bytes per parameter.
+        quantisation: one that may be used, by its name; None keeps the result.
         attention: kind of attention kernel.
     """
 
@@ -78,7 +79,7 @@ class Costs:
     dtype: str
     device: str
     machine: Machine
-    lossy: Mapping[str, float] = field(default_factory=dict)
+    quantisation: str | None = None
     attention: Attention = "fused"
 
     @property
@@ -93,16 +94,24 @@ class Costs:
         skipped = {"encode": not self.work.encoded_frames, "text": self.facts.text_part is None or not self.work.prompts}
         return tuple(stage for stage in stages if not skipped.get(stage[0], False))
 
+    @property
+    def quantisations(self) -> tuple[str | None, ...]:
+        """What the blocks of the transformer may be stored in: what they are in already; or plain, and what is allowed and possible.
+
+        With adapters there, ways that take them afterwards are not.
+        """
+        if self.facts.quantised:
+            return (self.facts.quantised,)
+        if self.quantisation is None or (self.facts.adapters and QUANTISATIONS[self.quantisation].takes_adapters):
+            return (None,)
+        return None, self.quantisation
+
     def weights(self, part: str, quantisation: str | None = None) -> int:
         """Bytes of all weights of a part."""
         if part == "vae":
             return self.facts.vae_parameters * self.width
-        facts = self._part(part)
         adapters = self.facts.adapters * self.width if part == "transformer" else 0
-        if quantisation is None:
-            return facts.bytes(self.dtype) + adapters
-        beside = facts.parameters - facts.blocks * facts.block
-        return int(facts.blocks * facts.block * self.lossy[quantisation]) + beside * self.width + adapters
+        return self._part(part).bytes(self.dtype, QUANTISATIONS[quantisation] if quantisation else None) + adapters
 
     def on_device(self, part: str, placement: Placement, quantisation: str | None = None) -> int:
         """Bytes of a part's weights on the device while they are used."""
@@ -111,7 +120,9 @@ class Costs:
             return whole
         facts = self._part(part)
         adapters = self.facts.adapters if part == "transformer" else 0
-        return min(whole, (facts.outside + facts.alone + adapters) * self.width + WINDOW * self.block(part, quantisation))
+        # A block that is cast while it works is there in its own memory once more, to be thrown away.
+        blocks = WINDOW + (quantisation is not None and QUANTISATIONS[quantisation].package is None)
+        return min(whole, (facts.outside + facts.alone + adapters) * self.width + blocks * self.block(part, quantisation))
 
     def in_host_memory(self, part: str, placement: Placement, quantisation: str | None = None) -> int:
         """Bytes that a part takes in host memory all the time; on a processor, whose memory that is, everything counts as on the device."""
@@ -124,9 +135,14 @@ class Costs:
             return WINDOW * block + facts.alone * self.width
         return facts.blocks * (block + _pinned(facts.lent * self.width)) + _pinned(facts.embeddings * self.width)
 
-    def possible(self, part: str) -> Sequence[Placement]:
-        """Placements of a part: a VAE has no row of blocks, and a processor's memory is the host's."""
+    def possible(self, part: str, quantisation: str | None = None) -> Sequence[Placement]:
+        """Placements of a part: a VAE has no row of blocks, and a processor's memory is the host's.
+
+        Quantised weights are not on disk, and come to the device block by block or once for all; some are made there, and stay.
+        """
         placements: Sequence[Placement] = PLACEMENTS[:2] if part == "vae" else PLACEMENTS
+        if quantisation is not None:
+            placements = ("resident",) if QUANTISATIONS[quantisation].while_loading else ("resident", "streamed")
         return [p for p in placements if self.device != "cpu" or p in ("resident", "disk")]
 
     def options(self, stage: str, placement: Placement, quantisation: str | None = None) -> list[Option]:
@@ -148,7 +164,7 @@ class Costs:
     def block(self, part: str, quantisation: str | None = None) -> int:
         """Bytes that come with one block of a part."""
         facts = self._part(part)
-        return int(facts.block * self.lossy[quantisation]) if quantisation else facts.block_bytes(self.dtype)
+        return facts.quantised_block_bytes(self.dtype, QUANTISATIONS[quantisation]) if quantisation else facts.block_bytes(self.dtype)
 
     def workspace(self) -> int:
         """Bytes of the matrix library's own memory: on a processor copies of the weights at work, about a block of the transformer."""
@@ -200,18 +216,17 @@ class Costs:
     def _denoising(self, placement: Placement, quantisation: str | None) -> Iterator[Option]:
         splits = (False, True) if self.work.passes > 1 else (False,)
         # Weights that are elsewhere between the layers need not be put aside; on a processor nothing is.
-        releases = (False, True) if self._can_release(placement, quantisation) else (False,)
+        releases = (False, True) if self.device != "cpu" and placement in ("resident", "staged") else (False,)
         for split, tokens, release in product(splits, _FF_TOKENS, releases):
             mode = TransformerMode(quantisation, split, tokens, release)
-            part = self._pass(mode)
+            part = self.transformer_pass(mode)
             if tokens is None or tokens < part.sequence:
                 yield self._looped(mode, part, placement)
 
-    def _can_release(self, placement: Placement, quantisation: str | None) -> bool:
-        return self.device != "cpu" and placement in ("resident", "staged") and quantisation is None
-
-    def _pass(self, mode: TransformerMode) -> TransformerPass:
+    def transformer_pass(self, mode: TransformerMode) -> TransformerPass:
+        """One pass of the loop that saves memory in this way."""
         frames, height, width = self.work.latents(self.facts.geometry, seen=True)
+        way = QUANTISATIONS[mode.quantisation] if mode.quantisation else None
         return TransformerPass(
             config=self.facts.transformer,
             batch=self.work.passes,
@@ -225,12 +240,13 @@ class Costs:
             attention=self.attention,
             float32_residual=self.facts.float32_residual,
             adapters=self.facts.adapters > 0,
+            unpacked=self.width + way.float32_copies * _FLOAT if way else 0,
         )
 
     @cached_property
     def operations(self) -> float:
         """Of one pass: two per parameter of a block and token (but those of modulations), and the two products of attention."""
-        part, facts = self._pass(TransformerMode()), self.facts.transformer_part
+        part, facts = self.transformer_pass(TransformerMode()), self.facts.transformer_part
         linear = 2 * facts.block * part.sequence
         return part.batch * facts.blocks * (linear + 4 * part.sequence**2 * part.dim)
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from ...units import in_words
+from ..quantisation import QUANTISATIONS
 from .costs import WINDOW, Costs, Option, Placement, TransformerMode
 from .plan import Plan
 from .vae import Coding
@@ -59,6 +60,12 @@ def _reasons(plan: Plan, costs: Costs) -> Iterator[str]:
     if away:
         size = in_words(sum(costs.weights(part.replace(" ", "_")) for part in away))
         yield f"Weights of the {' and the '.join(away)} ({size}) are on the device only while they are used: room for the rest."
+    if plan.transformer.quantisation:
+        yield f"{plan.transformer.quantisation}: {QUANTISATIONS[plan.transformer.quantisation].in_words()}."
+    elif costs.quantisation and costs.quantisation not in costs.quantisations:
+        yield f"{costs.quantisation} is not used: it comes before LoRAs are loaded, and there is one."
+    elif costs.quantisation:
+        yield f"{costs.quantisation} is not used: the result stays the same without, in about the same time."
     if plan.slow_down > 0.005:
         yield f"Expected to take {100 * plan.slow_down:.0f} % longer than with no limit on memory."
     else:

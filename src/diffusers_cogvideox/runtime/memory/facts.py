@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -19,6 +20,7 @@ from ...models.collectives import Group
 from ...models.tensor_parallel import keep_share
 from ...models.transformer import CogVideoXTransformer3DModel
 from ...presets import Preset
+from ..quantisation import Quantisation, quantisation_of, quantised_layers
 from ..streamed_parts import Parts
 
 __all__ = ["T5_XXL", "WIDTHS", "ModelFacts", "PartFacts"]
@@ -51,6 +53,7 @@ class PartFacts:
         outside: everything else, which stays.
         final: those of the modulation layer at the end, a part of `outside`.
         float32: those of one block that stay in float32 when the model is loaded in float16.
+        matrices, rows: those of one block that quantisation is about, and the rows of their matrices.
     """
 
     blocks: int
@@ -61,6 +64,8 @@ class PartFacts:
     outside: int
     final: int = 0
     float32: int = 0
+    matrices: int = 0
+    rows: int = 0
 
     @property
     def parameters(self) -> int:
@@ -76,10 +81,14 @@ class PartFacts:
         """Bytes of what is brought with a block."""
         return self.block * WIDTHS[dtype] + (self.float32 * 2 if dtype == "float16" else 0)
 
-    def bytes(self, dtype: str) -> int:
+    def quantised_block_bytes(self, dtype: str, way: Quantisation) -> int:
+        """The same with its matrices quantised."""
+        return math.ceil(way.stored_bytes(self.matrices, self.rows)) + (self.block - self.matrices) * WIDTHS[dtype]
+
+    def bytes(self, dtype: str, way: Quantisation | None = None) -> int:
         """Bytes of all parameters as they are stored."""
-        rest = self.blocks * self.lent + self.embeddings + self.outside
-        return self.blocks * self.block_bytes(dtype) + rest * WIDTHS[dtype]
+        block = self.block_bytes(dtype) if way is None else self.quantised_block_bytes(dtype, way)
+        return self.blocks * block + (self.parameters - self.blocks * self.block) * WIDTHS[dtype]
 
 
 @dataclass(frozen=True)
@@ -93,6 +102,7 @@ class ModelFacts:
         adapters: parameters of LoRA layers in the transformer.
         float32_residual: as `keep_residual_in_float32` of the transformer.
         tensor_ranks: that share the weights of the transformer's blocks; the facts are those of the rank with the most.
+        quantised: the way in which the transformer is quantised already.
     """
 
     name: str
@@ -103,6 +113,7 @@ class ModelFacts:
     adapters: int = 0
     float32_residual: bool = False
     tensor_ranks: int = 1
+    quantised: str | None = None
 
     @classmethod
     def of_preset(cls, preset: Preset) -> ModelFacts:
@@ -113,7 +124,8 @@ class ModelFacts:
     def of_pipeline(cls, pipe: Any) -> ModelFacts:
         """Of a loaded pipeline, with the adapters that it has.
 
-        Raises ValueError for a pipeline without transformer or VAE, and for models of other packages, whose memory is not known here.
+        Raises ValueError for a pipeline without transformer or VAE, for models of other packages and for quantisations that are not those
+        of `runtime.quantisation`, whose memory is not known here.
         """
         for name, kind in (("transformer", CogVideoXTransformer3DModel), ("vae", AutoencoderKLCogVideoX)):
             if not isinstance(getattr(pipe, name), kind):
@@ -130,6 +142,7 @@ class ModelFacts:
             text_encoder=None if encoder is None else encoder.config.to_dict(),
             float32_residual=pipe.transformer.float32_residual,
             tensor_ranks=pipe.transformer.tensor_ranks,
+            quantised=quantisation_of(pipe.transformer),
         )
         adapters = sum(p.numel() for name, p in pipe.transformer.named_parameters() if ".lora_" in name)
         return cls(**{**vars(facts), "adapters": adapters})
@@ -181,7 +194,9 @@ def _transformer_facts(config: str, ranks: int) -> PartFacts:
         model = CogVideoXTransformer3DModel(**given | {"num_layers": 2})
     if ranks > 1:
         keep_share(model.transformer_blocks, Group("planned", 0, ranks))  # the first rank has no fewer heads and channels than others
-    return _of_two_blocks(model, given["num_layers"], final=_count(model.norm_out.linear.parameters()))
+    weights = [layer.weight for layer in quantised_layers(model.transformer_blocks[1])]
+    quantised = {"matrices": _count(weights), "rows": sum(map(len, weights))}
+    return _of_two_blocks(model, given["num_layers"], final=_count(model.norm_out.linear.parameters()), **quantised)
 
 
 @lru_cache(maxsize=32)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from diffusers.utils import logging
 
 from ..out_of_memory import free_unused_memory
+from ..quantisation import quantisation_of, quantise
 from ..streaming import is_streamed, stop_streaming, stream
 from .costs import Placement
 from .facts import ModelFacts
@@ -31,7 +32,7 @@ class Budget:
     device: torch.device
     vram: int | None = None
     ram: int | None = None
-    lossy: Mapping[str, float] = field(default_factory=dict)
+    quantisation: str | None = None
     machine: Machine | None = None
     folder: Path | None = None
 
@@ -44,7 +45,7 @@ class Budget:
             vram=self.vram,
             ram=self.ram,
             dtype=dtype,
-            lossy=self.lossy,
+            quantisation=self.quantisation,
             from_disk=self.folder is not None,
             machine=self.machine,
         )
@@ -103,7 +104,7 @@ class Fitted:
         self._make_room()
 
     def undo(self) -> None:
-        """All models in host memory, as they were before, and without measures."""
+        """All models in host memory, as they were before but for quantised blocks, and without measures."""
         for name in list(self.places):
             self._leave(name)
         transformer, vae = self.parts["transformer"], self.parts["vae"]
@@ -121,8 +122,13 @@ class Fitted:
     def _carry_out(self) -> None:
         """Bring every part to its place; those that leave the device first."""
         moved = {name: place for name, place in self.plan.placements.items() if name in self.parts and self.places.get(name) != place}
-        for name in [name for name in moved if name in self.places]:
+        quantisation = self.plan.transformer.quantisation
+        quantises = quantisation is not None and quantisation_of(self.parts["transformer"]) is None
+        for name in [name for name in self.places if name in moved or (quantises and name == "transformer")]:
             self._leave(name)
+        if quantisation is not None and quantises:
+            quantise(self.parts["transformer"], quantisation, self.budget.device)
+            moved["transformer"] = self.plan.placements["transformer"]
         for name, place in sorted(moved.items(), key=lambda item: item[1] == "resident"):
             self._enter(name, place)
         transformer, mode = self.parts["transformer"], self.plan.transformer

@@ -7,11 +7,12 @@ slower plan, and a larger workload never a faster one or a smaller budget that i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from itertools import product
 
 from ...units import in_words
+from ..quantisation import QUANTISATIONS, check_planned
 from .costs import PARTS, Costs, Option, Placement
 from .explain import explain, stage_in_words
 from .facts import WIDTHS, ModelFacts
@@ -27,6 +28,7 @@ _SHARE = 0.95
 """Of a budget of device memory that is planned with; the rest is for gaps between the allocator's blocks."""
 
 _STEP = 10**7  # smallest budgets are rounded up to this
+_SLOW = 0.1  # slow-down from which a quantisation is worth a word, and how much of the time it has to save
 
 
 @dataclass(frozen=True)
@@ -59,26 +61,29 @@ def make_plan(
     vram: int | None = None,
     ram: int | None = None,
     dtype: str = "bfloat16",
-    lossy: Mapping[str, float] | None = None,
+    quantisation: str | None = None,
     from_disk: bool = True,
     machine: Machine | None = None,
 ) -> Plan:
     """The fastest way to make the videos of `work` within the budgets.
 
     Args:
-        facts: of the model.
+        facts: of the model. One that is quantised already stays so.
         work: sizes of the call.
         device: kind of device, such as "cuda" or "cpu".
         vram: bytes that PyTorch may allocate on the device, None for no limit.
         ram: bytes that the process may take in the memory of the host, None for no limit.
         dtype: "float32", "bfloat16" or "float16".
-        lossy: quantisations that may be used, and their bytes per parameter; by default none: the result stays the same.
+        quantisation: one of QUANTISATIONS that may be used, where the result cannot stay the same as fast; by default none.
         from_disk: whether weights may be read from disk while they are used.
         machine: speeds, by default those of `MACHINES`.
 
     Raises:
-        ValueError: when nothing fits, naming the smallest budget that would; for an unknown precision, and for `vram` on a processor.
+        ValueError: when nothing fits, naming the smallest budget that would; for an unknown precision, for `vram` on a processor, and
+            for quantisations that are not possible (`check_planned`).
     """
+    for name in filter(None, (quantisation, facts.quantised)):
+        check_planned(name, device)
     if dtype not in WIDTHS:
         raise ValueError(f"dtype={dtype!r} is unknown: it must be one of {', '.join(WIDTHS)}.")
     if device == "cpu" and vram is not None:
@@ -89,16 +94,18 @@ def make_plan(
         dtype=dtype,
         device=device,
         machine=machine or MACHINES.get(device, MACHINES["cuda"]),
-        lossy=dict(lossy or {}),
+        quantisation=quantisation,
         attention="fused" if device in ("cpu", "cuda") else "math",
     )
     candidates = list(_candidates(costs, from_disk))
     limits = (math.inf if vram is None else _SHARE * vram, math.inf if ram is None else ram)
     found = _fastest(candidates, *limits)
     if found is None:
-        raise ValueError(_refusal(costs, candidates, vram, ram))
+        raise ValueError(_refusal(costs, candidates, vram, ram) + _advice(costs, limits, math.inf))
     unlimited = _fastest(candidates, math.inf, math.inf) or found
-    return _finished(costs, found, unlimited, vram, ram)
+    plan = _finished(costs, found, unlimited, vram, ram)
+    advice = _advice(costs, limits, plan.seconds) if plan.slow_down > _SLOW else ""
+    return replace(plan, reasons=(*plan.reasons, *filter(None, [advice.strip()])))
 
 
 def smallest_budget(refused: Callable[[int], object], above: int = 0) -> int:
@@ -126,10 +133,9 @@ def _works(call: Callable[[int], object], size: int) -> bool:
 def _candidates(costs: Costs, from_disk: bool) -> Iterator[_Candidate]:
     """Every combination of places; the ways inside a stage do not depend on those of the others."""
     parts = [part for part in PARTS if part != "text_encoder" or costs.facts.text_part is not None]
-    possible = [[place for place in costs.possible(part) if from_disk or place != "disk"] for part in parts]
     process = int(PROCESS.get(costs.device, PROCESS["cuda"]))
     known: dict[tuple[str, Placement, str | None], list[Option]] = {}
-    for places, quantisation in product(product(*possible), (None, *costs.lossy)):
+    for quantisation, places in _combined(costs, parts, from_disk):
         placements = dict(zip(parts, places, strict=True))
 
         def of(part: str, name: str | None = quantisation) -> str | None:
@@ -145,8 +151,18 @@ def _candidates(costs: Costs, from_disk: bool) -> Iterator[_Candidate]:
                 known[key] = costs.options(*key)
             beside = sum(size for other, size in stays.items() if other != part)
             stages[stage] = [_in_all(costs, option, beside, host) for option in known[key]]
-        loaded = sum(weights[part] for part in parts if placements[part] != "disk")
+        # What is quantised by a plan is loaded as it is on disk.
+        loaded = sum(costs.weights(part, costs.facts.quantised and of(part)) for part in parts if placements[part] != "disk")
         yield _Candidate(placements, quantisation, process + loaded, stages)
+
+
+def _combined(costs: Costs, parts: list[str], from_disk: bool) -> Iterator[tuple[str | None, tuple[Placement, ...]]]:
+    """Every quantisation of the transformer with the places that it leaves."""
+    for name in costs.quantisations:
+        possible = [costs.possible(part, name) if part == "transformer" and name else costs.possible(part) for part in parts]
+        for places in product(*possible):
+            if from_disk or "disk" not in places:
+                yield name, places
 
 
 def _in_all(costs: Costs, option: Option, beside: int, host: int) -> tuple[int, int, Option]:
@@ -191,6 +207,20 @@ def _refusal(costs: Costs, candidates: list[_Candidate], vram: int | None, ram: 
         more = "" if vram is None or device == vram else f"{in_words(device)} of device memory with "
         text += f"The smallest budget that works is {more}{in_words(smallest_budget(lambda size: check(device, size)))} of RAM"
     return f"{text}; fewer frames or a smaller size need less."
+
+
+def _advice(costs: Costs, limits: tuple[float, float], seconds: float) -> str:
+    """A sentence on the most exact quantisation that would fit in clearly less time; nothing where one is allowed, or none would."""
+    if costs.quantisations != (None,) or costs.quantisation or costs.facts.adapters:
+        return ""
+    ways = [(way.error, name) for name, way in QUANTISATIONS.items() if way.error and not way.compiled and costs.device in way.devices]
+    for _, name in sorted(ways):
+        found = _fastest(list(_candidates(replace(costs, quantisation=name), from_disk=False)), *limits)
+        needed = math.inf if found is None else math.fsum(option.seconds for _, _, option in found[1].values())
+        if found and found[0].quantisation and needed < (1 - _SLOW) * seconds:
+            saved = "fit" if math.isinf(seconds) else f"take {100 * needed / seconds:.0f} % of the time"
+            return f" With quantisation {name!r} it would {saved} ({QUANTISATIONS[name].in_words()})."
+    return ""
 
 
 def _finished(costs: Costs, found: _Found, unlimited: _Found, vram: int | None, ram: int | None) -> Plan:

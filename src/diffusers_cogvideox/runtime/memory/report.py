@@ -8,6 +8,7 @@ from typing import Any
 
 from ...units import in_words
 from ..effects import Finding
+from ..quantisation import quantisation_of
 from ..streaming import is_streamed
 from .plan import Plan
 from .usage import StageUsage
@@ -68,6 +69,8 @@ def active_measures(pipe: Any) -> Iterator[str]:
             yield f"{name} streamed"
         elif hasattr(model, "_hf_hook"):
             yield f"{name} offloaded"
+    if quantised := _quantised(transformer):
+        yield f"quantised to {quantised}"
     block: Any = transformer.transformer_blocks[0] if transformer is not None else None
     if getattr(block, "one_by_one", False):
         yield "samples one by one in each block"
@@ -80,3 +83,11 @@ def active_measures(pipe: Any) -> Iterator[str]:
     saving = getattr(vae, "saving", None)
     if getattr(vae, "use_tiling", False) or (saving is not None and saving.lean):
         yield "VAE in its low-memory mode"
+
+
+def _quantised(transformer: Any) -> str | None:
+    """Name of the transformer's quantisation, None without."""
+    try:
+        return None if transformer is None else quantisation_of(transformer)
+    except ValueError:
+        return "another format"
