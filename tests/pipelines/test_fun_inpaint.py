@@ -105,16 +105,16 @@ def test_both_ends(pipe):
 
 def test_a_last_frame_that_the_mask_does_not_show_is_not_ignored(known):
     """It shows in the latents of the masked video, and decides what is made; three last frames are marked too."""
-    pictures = [{"last_image": LAST}, {"last_image": picture(HEIGHT, WIDTH, seed=7)}]
+    pictures = [{"last_image": LAST}, {"last_image": PIL.Image.new("RGB", (WIDTH, HEIGHT), "white")}]
     (mask, first), (same, second) = (channels(known, **given) for given in pictures)
     assert torch.equal(mask, same) and not mask.any()
-    assert (first[:, -1] - second[:, -1]).abs().max() > 0.1
+    assert (first[:, -1] - second[:, -1]).abs().max() > 0.02
     held = torch.ones(9, HEIGHT, WIDTH, dtype=torch.bool)
     held[-3:] = False
     mask, _ = channels(known, video=VIDEO, mask_video=held)
     assert (mask[:, -1] == SCALE).all() and not mask[:, :-1].any()
     videos = [inpainted(known, num_inference_steps=2, **given) for given in (*pictures, {})]
-    assert all((one - other).abs().max() > 0.01 for one, other in pairwise([*videos, videos[0]]))
+    assert all((one - other).abs().max() > 1e-3 for one, other in pairwise([*videos, videos[0]]))
 
 
 def test_everything_known(pipe):
