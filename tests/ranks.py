@@ -1,16 +1,21 @@
 """Functions run on several ranks, gloo processes on this machine, which are forked from a server that has imported everything once."""
 
+import gc
 import multiprocessing
+import os
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
+import pytest
+
 START = multiprocessing.get_context("forkserver")
-# As much as can be found without the path of the tests.
 START.set_forkserver_preload(
     [
         "diffusers_cogvideox.cli",
@@ -21,8 +26,11 @@ START.set_forkserver_preload(
         "transformers.models.t5.modeling_t5",
         "diffusers.guiders",
         "sentencepiece",
+        "rank_checks",
+        "training_runs",
     ]
 )
+FOLDERS = [str(Path(__file__).parents[1] / name) for name in ("tests", "benchmarks")]
 
 
 def run(count: int, check: Callable[..., Any], *arguments: Any, timeout: float = 100) -> list[Any]:
@@ -40,8 +48,17 @@ def outcomes_of(
 
     A rank waits for the others for `patience` seconds.
     """
+    _start_server()
     with tempfile.TemporaryDirectory() as folder:
         return _outcomes(f"file://{folder}/ranks", count, check, arguments, timeout, patience)
+
+
+def _start_server() -> None:
+    """Start the server, unless it runs, with the path of the tests: what it cannot import, every rank would import again."""
+    with pytest.MonkeyPatch.context() as patch:
+        for folder in FOLDERS:
+            patch.setenv("PYTHONPATH", folder, prepend=os.pathsep)
+        forkserver.ensure_running()
 
 
 def _outcomes(
@@ -76,6 +93,7 @@ def _rank(
 ) -> None:
     import torch
 
+    gc.freeze()  # collections of garbage need not go through what is imported
     torch.set_num_threads(1)
     torch.manual_seed(0)
     try:

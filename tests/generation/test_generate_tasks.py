@@ -56,14 +56,14 @@ TASKS = {
 
 
 @pytest.mark.parametrize(("variant", "options", "pipeline", "arguments", "form"), TASKS.values(), ids=TASKS)
-def test_every_task(variant, options, pipeline, arguments, form, folders, files, tmp_path, monkeypatch):
+def test_every_task(variant, options, pipeline, arguments, form, folders, loaded, files, tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr(writing, "write_video", lambda path, frames, fps: write_video(path, watched(frames, made), fps))
     (path,) = generate(asked(folders(variant), tmp_path / "a.mp4", **{k: files.get(v, v) for k, v in options.items()}))
     info = probe_video(path)
     assert (info.num_frames, info.fps, info.height, info.width) == (*form, 32, 48)
 
-    pipe = getattr(package, f"CogVideoX{pipeline}Pipeline").from_pretrained(folders(variant))
+    pipe = loaded(getattr(package, f"CogVideoX{pipeline}Pipeline"), variant)
     pipe.set_progress_bar_config(disable=True)
     by_hand = {name: files.get(value, value) for name, value in arguments.items()} | ({"fit": "cover"} if set(arguments) else {})
     generator = torch.Generator().manual_seed(3)
@@ -246,11 +246,20 @@ def test_impossible_tasks(variant, options, message, folders, files, tmp_path, m
 # --- interruption -------------------------------------------------------------------------------------------------------------
 
 
+FOUR_STEPS = ["generate", PROMPT, "--steps", "4", "--size", "32x48", "--device", "cpu", "--sampler", "dpm"]
+
+
+@pytest.fixture(scope="module")
+def whole(folders, tmp_path_factory) -> bytes:
+    """The video of a command that nothing interrupts."""
+    path = tmp_path_factory.mktemp("whole") / "a.mp4"
+    assert cli.main([*FOUR_STEPS, "--model", str(folders()), "--output", str(path)]) == 0
+    return path.read_bytes()
+
+
 @pytest.mark.parametrize(("every", "moment"), [(1, 3), (2, 2), (2, 4)])
-def test_ctrl_c_and_the_same_command_again(every, moment, folders, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_and_the_same_command_again(every, moment, whole, folders, tmp_path, monkeypatch, capsys):
     """The state is saved at the interruption, too: no step that was finished is made twice."""
-    arguments = ["generate", PROMPT, "--model", str(folders()), "--steps", "4", "--size", "32x48", "--device", "cpu", "--sampler", "dpm"]
-    assert cli.main([*arguments, "--output", str(tmp_path / "whole.mp4")]) == 0
     make, steps = generating.stream_videos, []
 
     def stream_videos(*args, callback_on_step_end, **kwargs):
@@ -264,7 +273,7 @@ def test_ctrl_c_and_the_same_command_again(every, moment, folders, tmp_path, mon
 
     monkeypatch.setattr(generating, "stream_videos", stream_videos)
     capsys.readouterr()
-    command = [*arguments, "--output", str(tmp_path / "a.mp4"), "--checkpoint-every", str(every), "--preview"]
+    command = [*FOUR_STEPS, "--model", str(folders()), "--checkpoint-every", str(every), "--preview", "--output", str(tmp_path / "a.mp4")]
     assert cli.main(command) == 130
     assert f"a.mp4: stopped after step {moment - 1} of 4; the same command goes on from there." in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.glob("a.*")) == ["a.preview.png", "a.resume"]
@@ -272,7 +281,7 @@ def test_ctrl_c_and_the_same_command_again(every, moment, folders, tmp_path, mon
     assert f"going on after step {moment - 1} of 4" in capsys.readouterr().err
     assert len(steps) == 1 + 4
     assert sorted(path.name for path in tmp_path.glob("a.*")) == ["a.json", "a.mp4", "a.png"]
-    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
+    assert (tmp_path / "a.mp4").read_bytes() == whole
 
 
 def test_the_state_of_another_video_is_not_used(folders, tmp_path):
