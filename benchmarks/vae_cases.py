@@ -53,10 +53,10 @@ def input_shape(direction: str, frames: int, height: int, width: int) -> tuple[i
     return (1, 16, (frames - 1) // 4 + 1, height // 8, width // 8) if direction == "decode" else (1, 3, frames, height, width)
 
 
-def draw(direction: str, given: argparse.Namespace) -> Tensor:
+def draw(direction: str, given: argparse.Namespace, seed: int = 1) -> Tensor:
     """Random latents, or a random video in [-1, 1]."""
     shape = input_shape(direction, given.frames, given.height, given.width)
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     return (x if direction == "decode" else x.tanh()).to(given.device)
 
 

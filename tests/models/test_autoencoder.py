@@ -1,8 +1,5 @@
 """The VAE against stock, against the original code's recorded outputs, and by the properties it promises."""
 
-import copy
-from statistics import geometric_mean
-
 import pytest
 import torch
 from diffusers.hooks import apply_group_offloading
@@ -99,18 +96,22 @@ def test_gradients_match_diffusers(pair):
         )
 
 
-def test_bf16_error_is_not_above_stocks(pair):
-    """On average over weights: with one set of so few, rounding favours either by a tenth or more."""
-    ratios = []
-    for seed in range(12):
-        ours, stock = (copy.deepcopy(vae) for vae in pair)
-        stock.load_state_dict(randomize(ours, seed=seed).state_dict())
-        x, z = torch.randn(1, 3, 9, 16, 24), torch.randn(1, 4, 3, 2, 3)
-        exact = moments(stock, x), frames(stock, z)
-        found = [(moments(vae, x.bfloat16()), frames(vae, z.bfloat16())) for vae in (ours.bfloat16(), stock.bfloat16())]
-        mine, theirs = ([(a.float() - b).square().mean().sqrt() for a, b in zip(rounded, exact, strict=True)] for rounded in found)
-        ratios.append([float(a / b) for a, b in zip(mine, theirs, strict=True)])
-    assert all(geometric_mean(of_one) <= 1.05 for of_one in zip(*ratios, strict=True)), ratios
+@pytest.mark.parametrize("seed", [0, 1])
+def test_bf16_error_is_not_above_stocks(seed):
+    """At the released widths of the two finest levels, where rounding favours either by a hundredth only: six seeds gave 0.94 to 0.97 in
+    decoding and 1.00 to 1.01 in encoding, where every sum is rounded as in diffusers' VAE.
+    """
+    two = {name: (f"CogVideoX{block}Block3D",) * 2 for name, block in (("down_block_types", "Down"), ("up_block_types", "Up"))}
+    config = two | {"block_out_channels": (128, 256), "layers_per_block": 1, "temporal_compression_ratio": 2}
+    ours, stock = AutoencoderKLCogVideoX(**config).eval(), StockVAE(**config).eval()
+    stock.load_state_dict(randomize(ours, seed=seed).state_dict())
+    x, z = torch.randn(1, 3, 9, 24, 24).tanh(), torch.randn(1, 16, 3, 12, 12)
+    exact = moments(stock, x), frames(stock, z)
+    found = [(moments(vae, x.bfloat16()), frames(vae, z.bfloat16())) for vae in (ours.bfloat16(), stock.bfloat16())]
+    mine, theirs = ([(a.float() - b).square().mean().sqrt() for a, b in zip(rounded, exact, strict=True)] for rounded in found)
+    encoding, decoding = (float(a / b) for a, b in zip(mine, theirs, strict=True))
+    assert encoding <= 1.02
+    assert decoding <= 1
 
 
 @pytest.mark.parametrize("released", ["2b", "5b", "1.5-5b"])

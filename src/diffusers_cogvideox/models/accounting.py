@@ -64,7 +64,10 @@ class Accounting:
         in_place = block.conv_shortcut is None and not x.doubled and not self._is_lazy(x)
         out = self._out(x, block.conv2.conv.out_channels)
         residual = 0 if in_place else self._bytes(out)
-        hidden = self._convolve(block.conv1, x, self._held(x) + residual)
+        again = self._is_lazy(x)
+        hidden = self._convolve(block.conv1, x, self._held(x) + (0 if again else residual))
+        if again:
+            self._note(self._held(x), self._bytes(hidden), residual, self._made(x, self._rows(x.shape[2], x.row_bytes(self.dtype))))
         self._convolve(block.conv2, hidden, self._bytes(hidden) + (residual or self._bytes(x)), adds=True)
         return out
 
@@ -140,7 +143,7 @@ class Accounting:
         length = (0 if x.single else 1) if self.first else keeps
         in_row, out_row = (batch * width * c * self.dtype.itemsize for c in (channels, conv.conv.out_channels))
         self.kept[conv] = keeps * height * in_row
-        steps = steps_for(frames, first=self.first, doubled=x.doubled, single=x.single, largest=joint_frames(self.dtype, self.device))
+        steps = steps_for(frames, first=self.first, doubled=x.doubled, single=x.single, largest=joint_frames(self.dtype))
         by_rows = row_filtering(conv, (height, width), self.dtype, self.device)
         most = summed = 0
         self._forget_derived(but=Upsample if self._is_lazy(x) else ())

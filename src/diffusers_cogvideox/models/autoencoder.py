@@ -76,7 +76,8 @@ class AutoencoderKLCogVideoX(TilingMixin, RowParallelMixin, ModelMixin, Autoenco
     sees. Config keys and state-dict keys are those of the released checkpoints (`vae/config.json`).
 
     To compile, call `vae.decoder.compile(fullgraph=True)`, or the encoder's: one graph for the first chunk and one for the others, which
-    compute the layers as `textbook` does, without bands or their saving of work and memory.
+    compute the layers as `textbook` does, without bands or their saving of work and memory. On a processor that does not pay: a residual
+    block of 128 channels on 9 frames of 48x64 took 1.1 times the processor time that it takes here uncompiled.
 
     Raises:
         ValueError: at construction for block types other than CogVideoX's and for options without effect; in encode/decode

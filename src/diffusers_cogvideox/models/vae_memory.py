@@ -29,7 +29,7 @@ _SHARE = 0.9  # of the free memory of a device that may be taken
 
 @dataclass(frozen=True)
 class Saving:
-    """How memory is saved: bands of rows, upsampled rows that are made twice (`lean`), caches that are kept in host memory (`offload`)."""
+    """How memory is saved: bands of rows, upsampled rows that are made anew (`lean`), caches that are kept in host memory (`offload`)."""
 
     bands: Bands = field(default_factory=Bands)
     lean: bool = False
