@@ -179,7 +179,7 @@ def transformed_taps(weight: Tensor, filtering: Filtering, dtype: torch.dtype, r
     combined = combinations.flatten(3).flatten(0, 2) @ weight.float().reshape(-1, 27).T
     combined = combined.view(*combinations.shape[:3], *weight.shape[:2]).to(dtype)
     if rows is None:
-        return combined.permute(0, 3, 1, 2, 4).contiguous().movedim(-1, 2)
+        return combined.movedim(3, 1).contiguous().movedim(-1, 2)
     return combined.mT
 
 
