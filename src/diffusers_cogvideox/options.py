@@ -195,8 +195,7 @@ class MemoryOptions:
     ram: str | None = None
     """Most that the process may take in the memory of the host, such as 32GB (default: what is free there). Of several processes, each."""
     quantisation: str | None = None
-    """Quantisation of the transformer, such as int8, that may be used where no plan that keeps the result fits or is as fast; see
-    docs/quantisation.md (default: none). For one process."""
+    """Quantisation (lossy), such as int8, that a plan may use where none that keeps the result fits or is as fast (default: none)."""
 
     def __post_init__(self) -> None:
         """Raise ValueError for what is no amount of memory."""
