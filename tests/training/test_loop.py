@@ -150,7 +150,7 @@ def test_nonfinite_gradients_stop_the_run(tmp_path: Path) -> None:
         ({"keep_checkpoints": 0}, "keep_checkpoints=0 is not possible: it must be at least 1"),
         ({"evaluate_prompts": -1}, "evaluate_prompts=-1 is not possible: it must be at least 0"),
         ({"model": {"latent_chanels": 4}}, "model has no key latent_chanels; it has act_fn, "),
-        ({"objective": {"kl": 1.0}}, "objective has no key kl; it has kl_weight"),
+        ({"objective": {"kl": 1.0}}, "objective has no key kl; it has kl_weight, l1_weight"),
     ],
 )
 def test_settings_without_effect_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

@@ -72,11 +72,12 @@ def test_loss_by_bucket_averages_inside_its_range() -> None:
     assert result == {"loss_t0": 2.0, "loss_t800": 10.0}
 
 
-def test_vae_objective_reaches_every_parameter() -> None:
-    objective = VAEObjective(AutoencoderKLCogVideoX(**TINY_VAE), kl_weight=1e-3)
+@pytest.mark.parametrize("l1_weight", [1.0, 0.0])
+def test_vae_objective_reaches_every_parameter(l1_weight: float) -> None:
+    objective = VAEObjective(AutoencoderKLCogVideoX(**TINY_VAE), kl_weight=1e-3, l1_weight=l1_weight)
     result = objective(torch.rand(1, 3, 9, 16, 16) * 2 - 1)
     result["loss"].backward()
-    torch.testing.assert_close(result["loss"], result["l1"] + result["mse"] + objective.kl_weight * result["kl"])
+    torch.testing.assert_close(result["loss"], l1_weight * result["l1"] + result["mse"] + 1e-3 * result["kl"])
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in objective.parameters())
 
 

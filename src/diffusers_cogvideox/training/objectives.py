@@ -30,15 +30,16 @@ class Objective(nn.Module):
 
 
 class VAEObjective(Objective):
-    """mean |x - x'| + mean (x - x')^2 + kl_weight * mean KL(q(z|x) || N(0, 1)), per element.
+    """l1_weight * mean |x - x'| + mean (x - x')^2 + kl_weight * mean KL(q(z|x) || N(0, 1)), per element.
 
     The reconstruction and KL terms of the paper's VAE loss (section 2.1); the perceptual and adversarial terms need weights of
-    other networks and are not part of it.
+    other networks and are not part of it. The absolute error outweighs the square long before the end of a training, and asks for
+    medians: without it (0) the last part of a training gives means, which PSNR rewards.
     """
 
-    def __init__(self, vae: AutoencoderKLCogVideoX, kl_weight: float) -> None:
+    def __init__(self, vae: AutoencoderKLCogVideoX, kl_weight: float, l1_weight: float = 1.0) -> None:
         super().__init__(vae)
-        self.kl_weight = kl_weight
+        self.kl_weight, self.l1_weight = kl_weight, l1_weight
 
     model: AutoencoderKLCogVideoX
 
@@ -49,7 +50,7 @@ class VAEObjective(Objective):
         l1, mse = F.l1_loss(reconstruction, video), F.mse_loss(reconstruction, video)
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        return {"loss": l1 + mse + self.kl_weight * kl, "l1": l1, "mse": mse, "kl": kl}
+        return {"loss": self.l1_weight * l1 + mse + self.kl_weight * kl, "l1": l1, "mse": mse, "kl": kl}
 
 
 class DiffusionObjective(Objective):

@@ -40,7 +40,7 @@ class VAETask:
         vae = start_model(AutoencoderKLCogVideoX, config)
         if config.channels_last:
             use_channels_last(vae)
-        self.objective = VAEObjective(vae, **config.objective_options(kl_weight=2e-4))
+        self.objective = VAEObjective(vae, **config.objective_options(kl_weight=2e-4, l1_weight=1.0))
 
     def batch(self, step: int, share: Share = ALONE) -> dict[str, Any]:
         """{"video": (B, 3, F, H, W)}: this share of optimiser step `step`."""
