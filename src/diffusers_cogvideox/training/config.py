@@ -123,8 +123,8 @@ class TrainConfig:
     data: DataOptions = field(default_factory=DataOptions)
     optimisation: Optimisation = field(default_factory=Optimisation)
     objective: dict[str, float] = field(default_factory=dict)
-    """Weights and rates of the task's objective: kl_weight and l1_weight (VAE); text_dropout, balance, and for models that are shown an image
-    image_dropout and last_image (transformer)."""
+    """Weights and rates of the task's objective: kl_weight and l1_weight (VAE); text_dropout, balance, and for models that are shown
+    an image image_dropout and last_image (transformer)."""
     seed: int = 0
     """Seed of initialisation and noise."""
     mixed_precision: Literal["no", "bf16"] = "no"
