@@ -71,7 +71,7 @@ def _channel_statistics(x: Tensor) -> Tensor:
 def _by_batch_norm(x: Tensor) -> Tensor:
     """The fastest that the library has for pixels one after the other on a processor."""
     running = torch.zeros(2, x.shape[-1])  # float32, so that the results are; not used
-    return torch.stack(torch.batch_norm_update_stats(x[None].permute(0, 3, 1, 2), *running, 0))
+    return torch.stack(torch.batch_norm_update_stats(x[None].permute(0, 3, 1, 2), running[0], running[1], 0))
 
 
 def _by_variance(x: Tensor) -> Tensor:
