@@ -201,5 +201,5 @@ def _products(filtering: Filtering, by_rows: Filtering | None, rows: int, in_row
 
 
 def next_chunk(before: Accounting) -> Accounting:
-    """For the chunk behind another one, whose caches it finds."""
-    return replace(before, first=False, peak=before.peak)
+    """For the chunk behind another one, whose caches it finds; it has a peak of its own."""
+    return replace(before, first=False, peak=0)

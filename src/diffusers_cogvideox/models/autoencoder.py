@@ -27,7 +27,7 @@ from .single_file import SingleFileMixin
 from .textbook import Textbook
 from .tiling import map_tiles
 from .vae_blocks import Arithmetic, Decoder, Encoder, Tower
-from .vae_memory import DIRECTIONS, Saving, TilingMixin, choose_saving, estimate_chunks, free_memory, is_out_of_memory, savings
+from .vae_memory import DIRECTIONS, Saving, TilingMixin, choose_saving, estimate_chunks, free_memory, is_out_of_memory, savings, walk_chunks
 
 __all__ = ["DIRECTIONS", "AutoencoderKLCogVideoX"]
 
@@ -145,9 +145,10 @@ class AutoencoderKLCogVideoX(TilingMixin, RowParallelMixin, ModelMixin, Autoenco
         coder, batch = self._coder(direction), 1 if self.use_slicing else shape[0]
         saving = saving or self._ways(coder, shape, self.device)[0]
         height, width = (side * coder.out_scale // coder.in_scale for side in shape[3:])
-        frames = sum(coder.resized(stop - start) for start, stop in chunk_spans(shape[2], coder.chunk))
-        result = 2 * batch * coder.tower.conv_out.conv.out_channels * frames * height * width * self.dtype.itemsize
-        return result + estimate_chunks(coder.tower, (batch, *shape[1:]), coder.chunk, self.dtype, self.device, saving)
+        frames = [coder.resized(stop - start) for start, stop in chunk_spans(shape[2], coder.chunk)]
+        frame = batch * coder.tower.conv_out.conv.out_channels * height * width * self.dtype.itemsize
+        walked = walk_chunks(coder.tower, (batch, *shape[1:]), coder.chunk, self.dtype, self.device, saving)
+        return estimate_chunks(walked, frame * sum(frames), frame * frames[-1])
 
     @apply_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:

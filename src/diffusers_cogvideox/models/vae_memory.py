@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -142,22 +142,29 @@ def savings(height: int, device: torch.device, most_rows: int | None) -> list[Sa
     return [Saving(Bands(_CPU_BUDGET if on_cpu else _LEAN_BUDGET, n, height), lean=True, offload=offload) for n in rows]
 
 
-def walk_chunks(tower: Tower, shape: tuple[int, ...], chunk: int, dtype: torch.dtype, device: torch.device, saving: Saving) -> Accounting:
-    """What coding a tensor (B, C, F, H, W) in chunks of `chunk` frames takes, as far as the second chunk; the later ones are like that."""
+def walk_chunks(
+    tower: Tower, shape: tuple[int, ...], chunk: int, dtype: torch.dtype, device: torch.device, saving: Saving
+) -> list[Accounting]:
+    """What coding a tensor (B, C, F, H, W) takes in its first chunk of `chunk` frames, and in the second; the later ones are like that."""
     batch, channels, frames, height, width = shape
-    accounting = None
+    walked: list[Accounting] = []
     for start, stop in chunk_spans(frames, chunk)[:2]:
-        if accounting is None:
-            accounting = Accounting(saving.bands, dtype, device, saving.lean, elsewhere=saving.offload)
-        else:
-            accounting = next_chunk(accounting)
-        tower(torch.Size((batch, channels, stop - start, height, width)), accounting)
-    return accounting or Accounting(saving.bands, dtype, device)
+        new = Accounting(saving.bands, dtype, device, saving.lean, elsewhere=saving.offload)
+        walked.append(next_chunk(walked[0]) if walked else new)
+        tower(torch.Size((batch, channels, stop - start, height, width)), walked[-1])
+    return walked
 
 
-def estimate_chunks(tower: Tower, shape: tuple[int, ...], chunk: int, dtype: torch.dtype, device: torch.device, saving: Saving) -> int:
-    """Bytes that coding a tensor (B, C, F, H, W) in chunks of `chunk` frames takes at its peak, beside the weights and the result."""
-    return walk_chunks(tower, shape, chunk, dtype, device, saving).peak
+def estimate_chunks(walked: Sequence[Accounting], result: int, last: int) -> int:
+    """Bytes that coding a tensor takes at its peak, beside the weights.
+
+    Args:
+        walked: its first chunks.
+        result: bytes of the result, which is joined at the end from the pieces that the chunks came to.
+        last: bytes of the last of them.
+    """
+    first, later = walked[0], walked[-1]
+    return max(first.peak, later.peak + result - last, 2 * result + sum(later.derived.values()))
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -63,15 +63,16 @@ def _coding(
 ) -> Coding:
     encodes = direction == "encode"
     tower, chunk = (vae.encoder, ENCODE_CHUNK) if encodes else (vae.decoder, DECODE_CHUNK)
-    walked = walk_chunks(tower, shape, chunk, dtype, device, way)
+    first, *others = walk_chunks(tower, shape, chunk, dtype, device, way)
+    later = others[0] if others else first
     spans = chunk_spans(shape[2], chunk)
     batch, channels, frames, height, width = shape
     if encodes:  # beside the pixels, as they came and in the model's precision; the result is small
-        peak = walked.peak + batch * channels * frames * height * width * (_FLOAT + dtype.itemsize)
+        peak = max(first.peak, later.peak) + batch * channels * frames * height * width * (_FLOAT + dtype.itemsize)
     else:
         ratio, latents = int(vae.config["temporal_compression_ratio"]), spans[0][1]
         pixels = batch * vae.config["out_channels"] * height * width * vae.spatial_ratio**2
         piece = pixels * (ratio * latents - latents % 2 * (ratio - 1)) * dtype.itemsize
-        peak = max(walked.peak + piece, _PIECES * piece)
+        peak = max(first.peak, later.peak + (piece if others else 0), _PIECES * piece)
     share = frames / spans[min(1, len(spans) - 1)][1]  # of what was walked
-    return Coding(way, thrift, peak, sum(walked.kept.values()) if way.offload else 0, walked.products * share)
+    return Coding(way, thrift, peak, sum(later.kept.values()) if way.offload else 0, later.products * share)
