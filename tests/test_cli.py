@@ -1,6 +1,7 @@
 """The command line: its exact set of options, its help, its errors, and what it hands to the verbs."""
 
 import dataclasses
+import gc
 import json
 import os
 import runpy
@@ -339,6 +340,19 @@ def test_a_verb_runs_in_any_thread(monkeypatch):
     monkeypatch.setitem(cli.VERBS, "info", dataclasses.replace(cli.VERBS["info"], run=lambda _: "done"))
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(cli.main, ["info"]).result() == 0
+
+
+def test_collections_of_garbage_leave_out_what_was_imported(monkeypatch):
+    """And are afterwards as before, also where a program has set aside objects of its own."""
+    frozen, seen = [0], []
+    monkeypatch.setattr(gc, "get_freeze_count", lambda: frozen[0])
+    monkeypatch.setattr(gc, "freeze", lambda: frozen.__setitem__(0, 5))
+    monkeypatch.setattr(gc, "unfreeze", lambda: frozen.__setitem__(0, 0))
+    monkeypatch.setattr("diffusers_cogvideox.generation.generate.generate", lambda _: seen.append(frozen[0]) or [])
+    for before, during in ((0, 5), (3, 3)):
+        frozen[0] = before
+        assert cli.main(["generate", "a prompt"]) == 0
+        assert (seen.pop(), frozen[0]) == (during, before)
 
 
 def test_ctrl_c_gives_130(monkeypatch, capsys):

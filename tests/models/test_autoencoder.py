@@ -36,6 +36,18 @@ def frames(vae, z):
         return vae.decode(z).sample
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_changes_nothing(vae, dtype):
+    x, z, before = torch.randn(1, 3, 5, 16, 24), torch.randn(1, 4, 2, 2, 3), torch.get_default_dtype()
+    expected = moments(vae, x), frames(vae, z)
+    torch.set_default_dtype(dtype)
+    try:
+        found = moments(vae, x), frames(vae, z)
+    finally:
+        torch.set_default_dtype(before)
+    assert all(map(torch.equal, found, expected))
+
+
 # --- equal to stock ---------------------------------------------------------------------------------------------------
 
 

@@ -122,6 +122,13 @@ def test_a_plan_may_quantise_the_transformer(folder, pipe, quantises, loading):
     assert fitted.memory_plan.transformer.quantisation == "fp8-cast"
 
 
+def test_a_variant_is_quantised_while_it_is_loaded(pipe, quantises, tmp_path):
+    pipe.save_pretrained(tmp_path, variant="fp16")
+    memory = {"ram": "8GB", "device": "cpu", "quantisation": "fp8-cast", **SIZES}
+    fitted = CogVideoXPipeline.from_pretrained(tmp_path, variant="fp16", memory=memory)
+    assert quantisation_of(fitted.transformer) == "fp8-cast"
+
+
 def test_a_larger_call_may_need_a_quantised_transformer(fresh, folder, from_disk, monkeypatch):
     """Read from disk at first: its weights come back into memory to be quantised."""
     monkeypatch.setattr(Costs, "quantisations", property(lambda _: (None,)))

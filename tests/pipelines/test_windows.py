@@ -312,6 +312,7 @@ def test_a_story_of_one_prompt_is_that_prompt(pipe):
         ({0: "a", -8: "b"}, {}, ValueError, "the first is that of -8"),
         ({0: "a", 0.5: "b"}, {}, TypeError, "prompts by frame are texts by whole numbers"),
         ({0: "a", 16: ["b"]}, {}, TypeError, "prompts by frame are texts by whole numbers"),
+        ([STORY, STORY], {}, TypeError, "those of one call are of one video: make a call for each"),
         ({0: "a", 15: "b", 16: "c"}, {}, ValueError, "the prompt from frame 15 on holds too briefly"),
     ],
 )

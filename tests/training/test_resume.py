@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from diffusers_cogvideox.training import resume
 from diffusers_cogvideox.training.config import DataOptions, Stage, TrainConfig
 from diffusers_cogvideox.training.loop import run
 from diffusers_cogvideox.training.resume import check_resumed, checkpoints, write_config
@@ -81,6 +82,21 @@ def test_a_model_that_was_trained_anew_is_noticed(part: str, tmp_path: Path) -> 
     (folders[part] / "model.safetensors").write_bytes(b"trained anew")
     (tmp_path / "run" / "parts.json").unlink()  # a run of an older version
     check_resumed(begun)
+
+
+def test_models_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text encoder may have gigabytes, and is asked for several times until training begins."""
+    reads: list[int] = []
+    monkeypatch.setattr(resume, "sha256", lambda paths: reads.append(len(list(paths))) or "hash")
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "model.safetensors").write_bytes(b"weights")
+    begun = TrainConfig(
+        task="transformer", output=str(tmp_path / "run"), model={}, stages=[Stage(steps=1, batch_size=1)], vae=str(tmp_path / "vae")
+    )
+    write_config(begun)
+    (tmp_path / "run" / "checkpoint-1").mkdir()
+    check_resumed(begun)
+    assert reads == [1]
 
 
 def test_without_a_checkpoint_nothing_depends_on_the_settings(config: TrainConfig) -> None:

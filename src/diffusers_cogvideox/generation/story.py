@@ -6,7 +6,7 @@ import re
 
 __all__ = ["read_story"]
 
-_MARK = re.compile(r"\[(\d+):\]")
+_MARK = re.compile(r"\[\s*(\d+)\s*:\s*\]")
 
 
 def read_story(text: str) -> str | dict[int, str]:

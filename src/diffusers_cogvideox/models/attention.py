@@ -61,7 +61,7 @@ class CogVideoXAttnProcessor:
         query = attn.norm_q(query)
         key = attn.norm_k(key)
         if image_rotary_emb is not None:
-            query, key = _rotated(query, key, with_text(image_rotary_emb, lengths[0]))
+            query, key = _rotated(attn, query, key, with_text(image_rotary_emb, lengths[0]))
         if attention_mask is not None and attention_mask.ndim == 3:
             attention_mask = attention_mask.unsqueeze(1)
         attend = functools.partial(dispatch_attention_fn, backend=self._attention_backend)
@@ -76,12 +76,17 @@ class CogVideoXAttnProcessor:
         return video, text
 
 
-def _rotated(query: Tensor, key: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Queries and keys (B, S, heads, d), which nobody else holds, rotated by tables of all tokens; in place where that is possible."""
-    if not in_place():
+def _rotated(attn: CogVideoXAttention, query: Tensor, key: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Normalised queries and keys (B, S, heads, d) rotated by tables of all tokens; in place where nobody else can hold them."""
+    if not in_place() or not (_gives_its_own(attn.norm_q) and _gives_its_own(attn.norm_k)):
         return apply_rotary(query, rotary), apply_rotary(key, rotary)
     turns = as_complex(rotary)
     return rotate_(query, turns), rotate_(key, turns)
+
+
+def _gives_its_own(norm: nn.Module) -> bool:
+    """Whether what a layer gives is a tensor that nothing else knows: neither its input, nor something that hooks may have kept."""
+    return type(norm) is nn.LayerNorm and not (norm._forward_hooks or nn.modules.module._global_forward_hooks)
 
 
 class CogVideoXAttention(AttentionModuleMixin, nn.Module):

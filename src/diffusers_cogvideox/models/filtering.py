@@ -173,7 +173,7 @@ def transformed_taps(weight: Tensor, filtering: Filtering, dtype: torch.dtype, r
     """
     if as_volume(filtering, dtype):
         return weight.to(dtype, memory_format=torch.channels_last_3d)
-    as_they_are = torch.eye(3, device=weight.device)
+    as_they_are = torch.eye(3, dtype=torch.float32, device=weight.device)
     in_time, in_rows = (as_they_are if f is None else _matrix(f.taps, torch.float32, weight.device) for f in (filtering, rows))
     combinations = torch.einsum("pt,qh,kw->pqkthw", in_time, in_rows, as_they_are)
     combined = combinations.flatten(3).flatten(0, 2) @ weight.float().reshape(-1, 27).T

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 __all__ = ["in_place", "joined", "room_for_both"]
 
 
 def in_place() -> bool:
-    """Whether results may be written where there is room for them: not with gradients, and not for a compiler, which plans that itself."""
-    return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    """Whether results may be written where there is room for them: not with gradients, and not for a compiler, which plans that itself.
+
+    Nor for derivatives forwards and the transforms of `torch.func`, which know no operations that are told where to write.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level < 0 and torch._C._functorch.peek_interpreter_stack() is None
 
 
 def room_for_both(text: Tensor, video: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -47,7 +47,7 @@ def group_statistics(frames: Frames, groups: int, bands: Bands, dtype: torch.dty
             pieces.append(statistics(part, groups))
             sizes += [float(weight * part.shape[2]) for weight in frames.weights]
     of_pieces, spread = map(torch.cat, zip(*pieces, strict=True))  # (pieces, B, G)
-    share = torch.tensor(sizes, device=of_pieces.device).div_(sum(sizes)).view(-1, 1, 1)
+    share = torch.tensor(sizes, dtype=torch.float32, device=of_pieces.device).div_(sum(sizes)).view(-1, 1, 1)
     mean = (share * of_pieces).sum(0)
     return mean, (share * (spread + (of_pieces - mean).square())).sum(0)
 
@@ -70,7 +70,7 @@ def _channel_statistics(x: Tensor) -> Tensor:
 
 def _by_batch_norm(x: Tensor) -> Tensor:
     """The fastest that the library has for pixels one after the other on a processor."""
-    running = torch.zeros(2, x.shape[-1])  # float32, so that the results are; not used
+    running = torch.zeros(2, x.shape[-1], dtype=torch.float32, device=x.device)  # float32, so that the results are; not used
     return torch.stack(torch.batch_norm_update_stats(x[None].permute(0, 3, 1, 2), running[0], running[1], 0))
 
 

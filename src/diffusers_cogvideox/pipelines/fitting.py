@@ -210,7 +210,8 @@ class FittingMixin(DiffusionPipeline):
         plan = _budget(place, source, **limits).plan(facts, work, str(dtype).removeprefix("torch."))
         quantisation = plan.transformer.quantisation
         if quantisation and "transformer" not in kwargs:
-            kwargs["transformer"] = load_quantised(_STREAMED["transformer"], source / "transformer", quantisation, place, dtype=dtype)
+            how = {"dtype": dtype, "variant": kwargs.get("variant")}
+            kwargs["transformer"] = load_quantised(_STREAMED["transformer"], source / "transformer", quantisation, place, **how)
         elif fitting.get("quantisation") and QUANTISATIONS[fitting["quantisation"]].while_loading:
             del fitting["quantisation"]
         for name in [name for name, where in plan.placements.items() if where == "disk" and name not in kwargs]:

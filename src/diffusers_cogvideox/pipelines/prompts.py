@@ -128,6 +128,8 @@ def _as_list(text: str | Iterable[Any] | None, count: int) -> list[str]:
 def _check_text(name: str, text: Any) -> None:
     if isinstance(text, str):
         return
+    if isinstance(text, list) and any(isinstance(entry, Mapping) for entry in text):
+        raise TypeError(f"{name} lists prompts by frame, and those of one call are of one video: make a call for each ({text!r:.80}).")
     if not isinstance(text, list) or not all(isinstance(entry, str) for entry in text):
         raise TypeError(f"{name} must be a string or a list of strings, not {type(text).__name__}: {text!r:.80}")
     if not text:

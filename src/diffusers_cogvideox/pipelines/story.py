@@ -45,7 +45,8 @@ def check_starts(starts: Sequence[int], num_frames: int, window: int | None, geo
         fits = "" if window is None else f" shorter than its {num_frames} frames (they have {window})"
         raise ValueError(
             f"a video with {len(starts)} prompts needs context windows{fits}, each of which has one of them: pass "
-            "context=ContextWindows(frames=...), on the command line --window, and ask for a video that is longer than a window."
+            "context=ContextWindows(frames=...), on the command line --window, and ask for a video that is longer than a window. On the "
+            "command line, [FRAME:] in a prompt begins another one: write it differently where that is not meant."
         )
 
 

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,18 @@ def _instead(folder: Path) -> str:
 def _hashes(config: TrainConfig) -> dict[str, str]:
     """SHA-256 of the folder of each model that the run reads, by the setting that names it."""
     folders = {name: Path(given) for name in ("vae", "text_encoder") if (given := getattr(config, name)) is not None}
-    return {name: sha256(sorted(path for path in folder.rglob("*") if path.is_file())) for name, folder in folders.items()}
+    return {name: _hash(tuple(map(_state, sorted(folder.rglob("*"))))) for name, folder in folders.items()}
+
+
+@lru_cache
+def _hash(states: tuple[tuple[Path, int, int], ...]) -> str:
+    """SHA-256 of files; a text encoder takes a while to read, and is asked for before and after it is loaded."""
+    return sha256(path for path, *_ in states if path.is_file())
+
+
+def _state(path: Path) -> tuple[Path, int, int]:
+    found = path.stat()
+    return path, found.st_mtime_ns, found.st_size
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 import re
 from functools import cache
 
@@ -259,3 +260,5 @@ def test_the_smallest_budget_is_found():
 
     for limit in (10**7, 123_456_789, 4 * GB):
         assert 0 <= smallest_budget(at_least(limit)) - limit < 10**7
+    with pytest.raises(ValueError, match=r"no budget works, not even .*: memory is not what is missing"):
+        smallest_budget(at_least(math.inf))

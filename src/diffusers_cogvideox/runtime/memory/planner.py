@@ -28,6 +28,7 @@ _SHARE = 0.95
 """Of a budget of device memory that is planned with; the rest is for gaps between the allocator's blocks."""
 
 _STEP = 10**7  # smallest budgets are rounded up to this
+_MOST = 10**18  # bytes; what does not work with these works with nothing
 _SLOW = 0.1  # slow-down from which a quantisation is worth a word, and how much of the time it has to save
 
 
@@ -109,9 +110,14 @@ def make_plan(
 
 
 def smallest_budget(refused: Callable[[int], object], above: int = 0) -> int:
-    """The smallest number of bytes, in steps of 10 MB, for which `refused(bytes)` raises no ValueError; it must not, for large ones."""
+    """The smallest number of bytes, in steps of 10 MB, for which `refused(bytes)` raises no ValueError.
+
+    Raises ValueError where it raises one for more than any machine has, too.
+    """
     low, high = above // _STEP, 1
     while not _works(refused, high * _STEP):
+        if high * _STEP > _MOST:
+            raise ValueError(f"no budget works, not even {in_words(_MOST)}: memory is not what is missing.")
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
@@ -199,7 +205,7 @@ def _refusal(costs: Costs, candidates: list[_Candidate], vram: int | None, ram: 
     given = [f"{in_words(size)} of {name}" for size, name in ((vram, "device memory"), (ram, "RAM")) if size is not None]
     text = f"{costs.facts.name} ({costs.work}, {costs.dtype}) does not fit into {' and '.join(given)}. "
     limit = math.inf if ram is None else ram
-    if vram is not None and _works(lambda size: check(math.inf, size), int(min(limit, 10**18))):
+    if vram is not None and _works(lambda size: check(math.inf, size), int(min(limit, _MOST))):
         enough = smallest_budget(lambda size: check(size, limit))
         text += f"The smallest budget that works is {in_words(enough)} of device memory"
     else:
