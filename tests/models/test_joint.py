@@ -79,6 +79,7 @@ def test_what_hooks_have_kept_is_not_written_to():
     assert len(kept) == 2 and all(torch.equal(result, before) for result, before in kept)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.*is deprecated:DeprecationWarning")  # used by torch.func itself
 @sdpa_kernel(SDPBackend.MATH)  # others have no rules for these
 def test_transforms_of_functions_need_no_gradients():
     """Derivatives forwards are those that gradients give, and a batch by `vmap` is that batch."""
