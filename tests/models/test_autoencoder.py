@@ -110,9 +110,7 @@ def test_gradients_match_diffusers(pair):
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_bf16_error_is_not_above_stocks(seed):
-    """At the released widths of the two finest levels, where rounding favours either by a hundredth only: six seeds gave 0.94 to 0.97 in
-    decoding and 1.00 to 1.01 in encoding, where every sum is rounded as in diffusers' VAE.
-    """
+    """At the released widths of the two finest levels; norms round once here, and up to four times there."""
     two = {name: (f"CogVideoX{block}Block3D",) * 2 for name, block in (("down_block_types", "Down"), ("up_block_types", "Up"))}
     config = two | {"block_out_channels": (128, 256), "layers_per_block": 1, "temporal_compression_ratio": 2}
     ours, stock = AutoencoderKLCogVideoX(**config).eval(), StockVAE(**config).eval()
@@ -122,8 +120,8 @@ def test_bf16_error_is_not_above_stocks(seed):
     found = [(moments(vae, x.bfloat16()), frames(vae, z.bfloat16())) for vae in (ours.bfloat16(), stock.bfloat16())]
     mine, theirs = ([(a.float() - b).square().mean().sqrt() for a, b in zip(rounded, exact, strict=True)] for rounded in found)
     encoding, decoding = (float(a / b) for a, b in zip(mine, theirs, strict=True))
-    assert encoding <= 1.02
-    assert decoding <= 1
+    assert encoding <= 0.98
+    assert decoding <= 0.95
 
 
 @pytest.mark.parametrize("released", ["2b", "5b", "1.5-5b"])

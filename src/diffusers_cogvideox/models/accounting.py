@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .causal_conv import CausalConv3d
 from .filtering import FIRST, Filtering, as_volume, steps_for
 from .frames import Bands, Frames
+from .norms import piece_rows
 from .rowwise import joint_frames, row_filtering
 from .vae_blocks import Downsample, ResnetBlock, Tower, Upsample
 
@@ -57,7 +58,7 @@ class Accounting:
         """x is (B, C_in, F, H, W)."""
         batch, channels, frames, height, width = x
         source = _frames((batch, frames, height, width, channels))
-        return self._convolve(tower.conv_in, source, self._bytes(source))
+        return self._convolve(tower.conv_in, source, self._bytes(source), normalises=False)
 
     def resnet(self, block: ResnetBlock, x: Frames) -> Frames:
         """x is (B, F, H, W, C_in)."""
@@ -132,7 +133,7 @@ class Accounting:
         """Bytes that making rows of an enlarged map takes: the product of its convolution and the rows themselves."""
         return 2 * (min(rows, x.shape[2]) + 4) * x.row_bytes(self.dtype)
 
-    def _convolve(self, conv: CausalConv3d, x: Frames, held: int, adds: bool = False) -> Frames:
+    def _convolve(self, conv: CausalConv3d, x: Frames, held: int, adds: bool = False, normalises: bool = True) -> Frames:
         """A convolution while `held` bytes are alive beside its result and its own."""
         batch, frames, height, width, channels = x.shape
         out = self._out(x, conv.conv.out_channels)
@@ -142,8 +143,7 @@ class Accounting:
         keeps = 1 if x.doubled else 2
         length = (0 if x.single else 1) if self.first else keeps
         in_row, out_row = (batch * width * c * self.dtype.itemsize for c in (channels, conv.conv.out_channels))
-        self.kept[conv] = keeps * height * in_row
-        steps = steps_for(frames, first=self.first, doubled=x.doubled, single=x.single, largest=joint_frames(self.dtype))
+        steps = steps_for(frames, first=self.first, doubled=x.doubled, single=x.single, largest=joint_frames(self.dtype, self.device))
         by_rows = row_filtering(conv, (height, width), self.dtype, self.device)
         most = summed = 0
         self._forget_derived(but=Upsample if self._is_lazy(x) else ())
@@ -159,13 +159,26 @@ class Accounting:
                 most = max(most, count * rows * out_row)
             else:
                 most = max(most, count * _products(filtering, by_rows, rows, in_row, out_row))
-        work = summed + (length + frames) * around * in_row + most
-        if self._is_lazy(x):  # made first, convolved then
-            made = self._made(x, rows + 2)
-            work = max(made, made // 2 + work)
         # Results that are added already have their place.
-        self._note(held, 0 if adds else self._bytes(out), work, self.kept[conv] if self.elsewhere else 0)
+        held += 0 if adds else self._bytes(out)
+        work = summed + (length + frames) * around * in_row
+        cache = keeps * height * in_row
+        if rows < height:  # else a first chunk keeps nothing before all rows are normalised
+            self.kept[conv] = cache
+        before = self.kept.get(conv, 0) if self.elsewhere else 0
+        made = self._made(x, rows + 2) if self._is_lazy(x) else 0
+        self._note(held, work, before, made // 2, self._normalising((batch, frames, rows, width, channels)) if normalises else 0)
+        self.kept[conv] = cache
+        work += most
+        work = max(made, made // 2 + work)  # made first, convolved then
+        self._note(held, work, self.kept[conv] if self.elsewhere else 0)
         return out
+
+    def _normalising(self, shape: tuple[int, int, int, int, int]) -> int:
+        """Bytes beside the result that normalising a band takes in half precision: a piece of it in float32, twice."""
+        if self.dtype == torch.float32:
+            return 0
+        return 2 * torch.float32.itemsize * shape[0] * piece_rows(shape, self.device) * shape[3] * shape[4]
 
     def _multiply(self, weight: Tensor, out: Frames) -> None:
         batch, _, height, width, _ = out.shape

@@ -6,6 +6,7 @@ Shapes: B batch, F frames, H W of the feature map, C channels, G groups, f h w o
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 
@@ -19,13 +20,14 @@ from .frames import Bands, Frames
 from .leaves import Conv3d, GroupNorm
 from .vae_blocks import SpatialNorm
 
-__all__ = ["Affine", "fused", "group_statistics", "latent_spans", "norm_affine", "normalise"]
+__all__ = ["Affine", "fused", "group_statistics", "latent_spans", "norm_affine", "normalise", "piece_rows"]
 
 logger = logging.get_logger(__name__)
 
 SWITCH = "COGVIDEOX_TRITON"  # environment variable: 0 keeps to the torch form
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+_AT_ONCE = 1 << 17  # numbers of which a processor's cache holds a copy or two in float32
 _SUMMED = 512  # pixels whose float32 sums a processor may take one after the other
 
 # scale and shift: (B, f, h, w, C), or (B, 1, 1, 1, C).
@@ -120,37 +122,50 @@ def latent_spans(frames: int, latents: int) -> list[tuple[int, int]]:
 
 
 def normalise(x: Tensor, rows: tuple[int, int], height: int, affine: Affine, activation: nn.Module, out: Tensor) -> None:
-    """activation(scale * x + shift) for the rows x (B, F, rows, W, C) of a map of `height` rows, written to `out` of the same shape."""
+    """activation(scale * x + shift) for the rows x (B, F, rows, W, C) of a map of `height` rows, written to `out` of the same shape.
+
+    The arithmetic is float32 in every dtype: half precision rounds once, at the end, where diffusers' VAE rounds after each of up to four
+    operations.
+    """
     spans = latent_spans(x.shape[1], affine[0].shape[1])
     if isinstance(activation, nn.SiLU) and fused(x, out):
         fused_norms.modulate_silu(x, rows[0], height, affine, spans, out)
-        return
-    modulate(x, rows[0], height, affine, spans, out)
-    if isinstance(activation, nn.SiLU):
-        F.silu(out, inplace=True)
     else:
-        out.copy_(activation(out))
+        modulate(x, rows[0], height, affine, spans, out, activation)
 
 
-def modulate(x: Tensor, top: int, height: int, affine: Affine, spans: list[tuple[int, int]], out: Tensor) -> None:
-    """scale * x + shift for the rows x (B, F, rows, W, C), the first of which is row `top` of `height`, written to `out`.
+def modulate(
+    x: Tensor, top: int, height: int, affine: Affine, spans: list[tuple[int, int]], out: Tensor, activation: nn.Module
+) -> None:
+    """activation(scale * x + shift) for the rows x (B, F, rows, W, C), the first of which is row `top` of `height`, written to `out`.
+
+    Pieces of a few rows of a frame go through all of it, one after the other: a processor finds them in its cache.
 
     Args:
         spans: of frames that each latent frame belongs to.
     """
-    width = x.shape[3]
-    scale, shift = affine
-    cells_high, cells_wide = scale.shape[2:4]
-    if cells_high * cells_wide > 1:  # a GroupNorm alone keeps them in float32, as the library's does; it is slower, and rounds once only
-        scale, shift = scale.to(x.dtype), shift.to(x.dtype)
-    if cells_high > 1:
-        places = torch.arange(top, top + x.shape[2], device=x.device) // (height // cells_high)
-        scale, shift = scale[:, :, places], shift[:, :, places]
-    columns = (cells_wide, width // cells_wide)
-    for index, (start, stop) in enumerate(spans):
-        part, target = (value[:, start:stop].unflatten(3, columns) for value in (x, out))
-        factor, offset = (value[:, index : index + 1, :, :, None] for value in (scale, shift))  # (B, 1, rows, w, 1, C)
-        torch.addcmul(offset, part, factor, out=target)
+    exact = x.dtype == torch.float32
+    high, wide = affine[0].shape[2:4]
+    columns = (wide, x.shape[3] // wide)
+    step = piece_rows(x.shape, x.device)
+    for first in range(0, x.shape[2], step):
+        last = min(first + step, x.shape[2])
+        places = torch.arange(top + first, top + last, device=x.device) // (height // high)
+        scale, shift = (value[:, :, places] if high > 1 else value for value in affine)
+        for index, frame in ((index, frame) for index, span in enumerate(spans) for frame in range(*span)):
+            part, target = (value[:, frame, first:last].unflatten(2, columns) for value in (x, out))
+            factor, offset = (value[:, index, :, :, None] for value in (scale, shift))  # (B, rows, w, 1, C)
+            values = torch.addcmul(offset, part.float(), factor, out=target if exact else None)
+            values = F.silu(values, inplace=True) if isinstance(activation, nn.SiLU) else activation(values)
+            if values is not target:
+                target.copy_(values)
+
+
+def piece_rows(shape: Sequence[int], device: torch.device) -> int:
+    """How many rows of a frame of (B, F, rows, W, C) are normalised at once."""
+    batch, _, rows, width, channels = shape
+    numbers = _AT_ONCE if device.type == "cpu" else 16 * _AT_ONCE
+    return max(1, min(rows, numbers // (batch * width * channels)))
 
 
 def fused(*tensors: Tensor) -> bool:
@@ -190,8 +205,8 @@ def _kernels_work(device: torch.device, dtype: torch.dtype) -> bool:
     except Exception as error:
         reason = f"fail ({type(error).__name__}: {error})"
     else:
-        modulate(x.float(), 2, 8, affine, spans, expected)
-        pairs = zip(found, (*frame_statistics(x.float(), 4), F.silu(expected)), strict=True)
+        modulate(x.float(), 2, 8, affine, spans, expected, nn.SiLU())
+        pairs = zip(found, (*frame_statistics(x.float(), 4), expected), strict=True)
         tolerance = max(1e-5, 2 * torch.finfo(dtype).eps)
         if all(torch.allclose(ours.float(), theirs, rtol=tolerance, atol=tolerance) for ours, theirs in pairs):
             return True
