@@ -31,7 +31,7 @@ def mistake(capsys, *arguments: str) -> str:
 def test_options_are_pinned():
     actions = [action for action in cli.parser_for("plan")._actions if action.dest != "help"]
     names = {name for action in actions for name in (action.option_strings or [action.dest])}
-    expected = {"model", "--vram", "--ram", "--size", "--frames", "--videos", "--steps", "--dtype", "--device", "--quantisation"}
+    expected = {"model", "--vram", "--ram", "--size", "--frames", "--window", "--videos", "--steps", "--dtype", "--device", "--quantisation"}
     assert names == expected | {f"--{no}{name}" for name in ("guidance", "json") for no in ("", "no-")}
 
 
@@ -56,6 +56,23 @@ def test_what_is_asked_for_is_planned():
     work = plan.work
     assert (work.height, work.width, work.num_frames, work.videos, work.steps, work.guided) == (256, 384, 9, 2, 7, False)
     assert (plan.dtype, plan.device, plan.vram, plan.ram) == ("float32", "cuda", 8 * 10**9, 32 * 10**9)
+
+
+def test_a_long_video_in_windows_needs_no_more_for_its_passes(capsys):
+    long, windows, short = (
+        plan_for(PlanOptions("5b", vram="24GB", ram="64GB", frames=frames, window=window))
+        for frames, window in ((193, None), (193, 49), (49, None))
+    )
+
+    def denoising(plan):
+        return next(stage.device for stage in plan.stages if stage.name == "denoise")
+
+    assert windows.transformer == short.transformer
+    assert denoising(short) < denoising(windows) < 1.1 * denoising(short)  # its latents, beside the same passes
+    assert denoising(windows) < denoising(long)
+    assert printed(capsys, "5b", "--vram", "24GB", "--frames", "193", "--window", "49").startswith(
+        "5b in bfloat16: 193 frames of 480x720 in windows of 49, 50 steps with guidance"
+    )
 
 
 def test_a_folder_needs_only_its_configs(folders, tmp_path, capsys):
@@ -83,6 +100,8 @@ def test_the_shipped_models_have_plans(capsys):
         ("plan 5b --size 480", "--size '480' is not a size"),
         ("plan 5b --size 8x720", "size 8x720 (height x width) is not possible"),
         ("plan 5b --frames 0", "--frames 0 is not possible"),
+        ("plan 5b --window 0", "--window 0 is not possible"),
+        ("plan 5b --window 50", "Context windows of frames=50 are not possible"),
         ("plan 5b --videos 0", "--videos 0 is not possible"),
         ("plan 5b --steps many", "--steps many is not possible: expected int"),
         ("plan 7b", "there is no folder '7b'"),

@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 
-from diffusers_cogvideox import CogVideoXImageToVideoPipeline, CogVideoXPipeline
+from diffusers_cogvideox import CogVideoXImageToVideoPipeline, CogVideoXPipeline, ContextWindows
 from diffusers_cogvideox.runtime.memory.costs import Costs, TransformerMode
 from diffusers_cogvideox.runtime.memory.facts import ModelFacts
 from diffusers_cogvideox.runtime.memory.staged import Staged
 from diffusers_cogvideox.runtime.memory.workload import MACHINES, Workload
-from diffusers_cogvideox.runtime.quantisation import quantisation_of, quantise
+from diffusers_cogvideox.runtime.quantisation import QUANTISATIONS, quantisation_of, quantise
 from diffusers_cogvideox.runtime.streaming import is_streamed
 from live_storages import LiveStorages
 from tiny_pipeline import call
@@ -120,6 +120,28 @@ def test_a_plan_may_quantise_the_transformer(folder, pipe, quantises, loading):
     assert torch.equal(call(fitted), video)
     call(fitted, num_frames=17)
     assert fitted.memory_plan.transformer.quantisation == "fp8-cast"
+
+
+def test_a_fitted_window_covers_a_long_video_in_such_windows(fresh, folder):
+    sizes = {"ram": "8GB", "device": "cpu", **SIZES, "num_frames": 25, "window": 17}
+    plan = fresh.fit(**sizes)
+    assert (plan.work.num_frames, plan.work.seen_frames) == (25, 17)
+    call(fresh, num_frames=25, context=ContextWindows(frames=17))
+    assert fresh.memory_plan is plan
+    loaded = CogVideoXPipeline.from_pretrained(folder, memory=sizes)
+    assert loaded.memory_plan.work == plan.work
+    call(fresh, num_frames=25)
+    assert fresh.memory_plan.work.seen_frames == 0
+    with pytest.raises(ValueError, match="Context windows of frames=16 are not possible"):
+        fresh.fit(window=16)
+
+
+def test_a_transformer_that_is_passed_is_not_quantised_while_loading(folder, pipe, quantises, monkeypatch):
+    """Not left out without a word."""
+    monkeypatch.setattr(type(QUANTISATIONS["fp8-cast"]), "while_loading", True)
+    memory = {"ram": "8GB", "device": "cpu", "quantisation": "fp8-cast", **SIZES}
+    with pytest.raises(ValueError, match=r"fp8-cast quantises a transformer while it is loaded, and transformer=\.\.\. was passed"):
+        CogVideoXPipeline.from_pretrained(folder, memory=memory, transformer=pipe.transformer)
 
 
 def test_a_variant_is_quantised_while_it_is_loaded(pipe, quantises, tmp_path):

@@ -25,6 +25,8 @@ class PlanOptions(MemoryOptions):
     """Height x width in pixels, such as 480x720 (default: what the model was trained for)."""
     frames: int | None = None
     """Number of frames (default: what the model was trained for)."""
+    window: int | None = None
+    """Frames of the windows in which a long video is made, as in generate."""
     videos: int = 1
     """Videos that are made at once."""
     steps: int | None = None
@@ -43,7 +45,7 @@ class PlanOptions(MemoryOptions):
         super().__post_init__()
         if self.size is not None:
             parse_size(self.size)
-        for name in ("frames", "videos", "steps"):
+        for name in ("frames", "window", "videos", "steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} {value} is not possible: it must be at least 1.")

@@ -90,10 +90,8 @@ class Settings:
 
     def fit_arguments(self) -> dict[str, Any]:
         """The settings that are arguments of the pipeline's `fit`."""
-        sizes = {name: getattr(self, name) for name in ("height", "width", "num_frames", "device", "quantisation")}
-        if self.window is not None:  # the call plans anew, for a long video of which one window is seen at a time
-            sizes["num_frames"] = min(self.window, self.num_frames)
-        return {**sizes, "steps": self.num_inference_steps}
+        same = ("height", "width", "num_frames", "window", "device", "quantisation")
+        return {name: getattr(self, name) for name in same} | {"steps": self.num_inference_steps}
 
 
 def choose_settings(options: SamplingOptions, model: str | ModelFolder, files: Sequence[str] = (), **chosen: Any) -> Settings:

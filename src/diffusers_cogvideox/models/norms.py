@@ -134,9 +134,7 @@ def normalise(x: Tensor, rows: tuple[int, int], height: int, affine: Affine, act
         modulate(x, rows[0], height, affine, spans, out, activation)
 
 
-def modulate(
-    x: Tensor, top: int, height: int, affine: Affine, spans: list[tuple[int, int]], out: Tensor, activation: nn.Module
-) -> None:
+def modulate(x: Tensor, top: int, height: int, affine: Affine, spans: list[tuple[int, int]], out: Tensor, activation: nn.Module) -> None:
     """activation(scale * x + shift) for the rows x (B, F, rows, W, C), the first of which is row `top` of `height`, written to `out`.
 
     Pieces of a few rows of a frame go through all of it, one after the other: a processor finds them in its cache.

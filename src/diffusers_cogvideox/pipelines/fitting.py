@@ -21,13 +21,14 @@ from ..runtime.memory.fitted import Budget, Fitted
 from ..runtime.memory.plan import Plan
 from ..runtime.memory.report import Report, active_measures
 from ..runtime.memory.usage import Usage
-from ..runtime.memory.workload import Machine, Workload, encoded_frames
-from ..runtime.quantisation import QUANTISATIONS, check_possible, check_quantisation, load_quantised
+from ..runtime.memory.workload import Workload, encoded_frames
+from ..runtime.quantisation import QUANTISATIONS, check_possible, check_quantisation, load_quantised, quantisation_of
 from ..runtime.streaming import load_streamed
 from ..units import parse_memory
 from .folder import INDEX, component_names, read_json
 from .native import native_call
 from .request import Request
+from .windows import seen_frames
 
 __all__ = ["FittingMixin"]
 
@@ -52,8 +53,8 @@ class FittingMixin(DiffusionPipeline):
         num_frames: int | None = None,
         videos: int = 1,
         steps: int = 50,
+        window: int | None = None,
         quantisation: str | None = None,
-        machine: Machine | None = None,
     ) -> Plan:
         """Place the models so that a call fits into memory, in the fastest way; moving the pipeline with `to` is not needed.
 
@@ -68,9 +69,9 @@ class FittingMixin(DiffusionPipeline):
             ram: most that the process may take in the memory of the host, likewise.
             device: where to run, by default the GPU if there is one.
             height, width, num_frames, videos, steps: of the largest call, by default one video of the size that the model was trained for.
+            window: frames of its context windows (`ContextWindows`), None without.
             quantisation: one of `runtime.quantisation.QUANTISATIONS` that the plan may use, such as "int8", where no plan that keeps the
                 result fits or is as fast; by default none. A transformer that is quantised already stays so.
-            machine: speeds of the machine, to rank plans with.
 
         Returns:
             the plan; `print(plan.table())` shows it.
@@ -81,10 +82,10 @@ class FittingMixin(DiffusionPipeline):
             ImportError: the quantisation's package is not installed.
         """
         place = _resolved(device)
-        sizes = {"height": height, "width": width, "num_frames": num_frames}
-        work = _workload_of(type(self).__name__, self.call_defaults() | _given(sizes), videos, steps)  # type: ignore[attr-defined]
-        work = replace(work, sequential=self._has_a_half)
-        budget = _budget(place, self._folder(), vram=vram, ram=ram, quantisation=quantisation, machine=machine)
+        sizes = _given({"height": height, "width": width, "num_frames": num_frames})
+        work = _workload_of(type(self).__name__, self.call_defaults() | sizes, videos, steps)  # type: ignore[attr-defined]
+        work = replace(work, seen_frames=seen_frames(window, self.geometry), sequential=self._has_a_half)
+        budget = _budget(place, self._folder(), vram=vram, ram=ram, quantisation=quantisation)
         facts = ModelFacts.of_pipeline(self)
         if quantisation is not None:
             _refuse_shares(facts)
@@ -206,12 +207,18 @@ class FittingMixin(DiffusionPipeline):
         dtype = kwargs.get("dtype", kwargs.get("torch_dtype", torch.float32))
         facts, native = _facts_of(source, cls.__name__)
         work = _workload_of(cls.__name__, native | _given(fitting), fitting.get("videos", 1), fitting.get("steps", 50))
-        limits = {name: fitting.get(name) for name in ("vram", "ram", "quantisation", "machine")}
+        work = replace(work, seen_frames=seen_frames(fitting.get("window"), facts.geometry))
+        limits = {name: fitting.get(name) for name in ("vram", "ram", "quantisation")}
         plan = _budget(place, source, **limits).plan(facts, work, str(dtype).removeprefix("torch."))
         quantisation = plan.transformer.quantisation
         if quantisation and "transformer" not in kwargs:
             how = {"dtype": dtype, "variant": kwargs.get("variant")}
             kwargs["transformer"] = load_quantised(_STREAMED["transformer"], source / "transformer", quantisation, place, **how)
+        elif quantisation and QUANTISATIONS[quantisation].while_loading and quantisation_of(kwargs["transformer"]) is None:
+            raise ValueError(
+                f"{quantisation} quantises a transformer while it is loaded, and transformer=... was passed: leave it out, or pass what "
+                f"load_quantised(..., {quantisation!r}) gives."
+            )
         elif fitting.get("quantisation") and QUANTISATIONS[fitting["quantisation"]].while_loading:
             del fitting["quantisation"]
         for name in [name for name, where in plan.placements.items() if where == "disk" and name not in kwargs]:
@@ -263,7 +270,6 @@ def _budget(
     vram: str | int | None = None,
     ram: str | int | None = None,
     quantisation: str | None = None,
-    machine: Machine | None = None,
 ) -> Budget:
     """Limits that are not given are what is free.
 
@@ -276,7 +282,6 @@ def _budget(
         vram=free_vram(device) if vram is None else parse_memory(vram, "vram"),
         ram=free_ram() if ram is None else parse_memory(ram, "ram"),
         quantisation=quantisation,
-        machine=machine,
         folder=folder,
     )
 

@@ -46,7 +46,7 @@ def check_starts(starts: Sequence[int], num_frames: int, window: int | None, geo
         raise ValueError(
             f"a video with {len(starts)} prompts needs context windows{fits}, each of which has one of them: pass "
             "context=ContextWindows(frames=...), on the command line --window, and ask for a video that is longer than a window. On the "
-            "command line, [FRAME:] in a prompt begins another one: write it differently where that is not meant."
+            "command line, [FRAME:] in a prompt begins another one: write \\[FRAME:] where that is not meant."
         )
 
 

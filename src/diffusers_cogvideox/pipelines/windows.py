@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..geometry import Geometry
 
-__all__ = ["SCHEDULES", "ContextWindows", "Window", "Windows", "faded", "radical_inverse"]
+__all__ = ["SCHEDULES", "ContextWindows", "Window", "Windows", "faded", "radical_inverse", "seen_frames"]
 
 SCHEDULES = ("uniform", "static")
 """Whether the places of the windows move from step to step."""
@@ -207,6 +207,17 @@ class ContextWindows:
             schedule=self.schedule,
             changes=changes,
         )
+
+
+def seen_frames(window: int | None, geometry: Geometry) -> int:
+    """Frames that a pass sees, as a memory plan counts them, with windows of `window` frames: 0, all of them, without windows.
+
+    Raises ValueError as `ContextWindows.shared_frames`.
+    """
+    if window is None:
+        return 0
+    ContextWindows(frames=window).shared_frames(geometry)
+    return window
 
 
 def faded(windows: list[Window], x: Tensor, predict: Callable[[Tensor, int], Tensor]) -> Tensor:

@@ -18,7 +18,7 @@ from .facts import ModelFacts
 from .plan import Plan
 from .planner import make_plan
 from .staged import Staged
-from .workload import Machine, Workload
+from .workload import Workload
 
 __all__ = ["Budget", "Fitted"]
 
@@ -33,7 +33,6 @@ class Budget:
     vram: int | None = None
     ram: int | None = None
     quantisation: str | None = None
-    machine: Machine | None = None
     folder: Path | None = None
 
     def plan(self, facts: ModelFacts, work: Workload, dtype: str) -> Plan:
@@ -47,7 +46,6 @@ class Budget:
             dtype=dtype,
             quantisation=self.quantisation,
             from_disk=self.folder is not None,
-            machine=self.machine,
         )
 
 

@@ -75,7 +75,8 @@ class Workload:
     def __str__(self) -> str:
         count = "" if self.videos == 1 else f"{self.videos} videos of "
         guidance = "with guidance" if self.guided else "without guidance"
-        return f"{count}{self.num_frames} frames of {self.height}x{self.width}, {self.steps} steps {guidance}"
+        windows = f" in windows of {self.seen_frames}" if 0 < self.seen_frames < self.num_frames else ""
+        return f"{count}{self.num_frames} frames of {self.height}x{self.width}{windows}, {self.steps} steps {guidance}"
 
 
 def encoded_frames(pipeline: str, num_frames: int) -> int:
