@@ -11,17 +11,20 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from diffusers_cogvideox.files import atomic_path
+from diffusers_cogvideox.runtime.memory.usage import StageUsage, Usage
 
-__all__ = ["RESULTS", "Stages", "machine", "peak_gib", "random_model", "timed_call", "write_result"]
+__all__ = ["RESULTS", "Stages", "machine", "measured", "peak_gib", "random_model", "timed_call", "write_result"]
+
+Result = TypeVar("Result")
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -51,6 +54,17 @@ def peak_gib() -> float:
     """Largest resident memory of this process until now, in GiB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / 2 ** (30 if sys.platform == "darwin" else 20), 3)  # macOS counts bytes, Linux KiB
+
+
+def measured(call: Callable[[], Result], device: torch.device) -> tuple[Result, StageUsage]:
+    """What a call gives, its seconds, and the bytes that it took at its peak beyond what there was before it."""
+    usage = Usage()
+    with usage.stage("before", device):
+        pass
+    with usage.stage("call", device):
+        result = call()
+    before, after = usage.stages["before"], usage.stages["call"]
+    return result, StageUsage(after.seconds, (after.device or 0) - (before.device or 0), (after.host or 0) - (before.host or 0))
 
 
 @torch.no_grad()

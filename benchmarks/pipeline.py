@@ -20,13 +20,12 @@ from diffusers import CogVideoXPipeline as StockPipeline
 from diffusers.models import AutoencoderKLCogVideoX as StockVAE
 from diffusers.models import CogVideoXTransformer3DModel as StockTransformer
 
-from common import RESULTS, random_model, timed_call, write_result
+from common import RESULTS, measured, random_model, timed_call, write_result
 from diffusers_cogvideox import PRESETS, AutoencoderKLCogVideoX, CogVideoXPipeline, CogVideoXTransformer3DModel
 from diffusers_cogvideox.files import atomic_path, check_writable
 from diffusers_cogvideox.models.rope import rope_for
 from diffusers_cogvideox.runtime.memory.facts import ModelFacts
 from diffusers_cogvideox.runtime.memory.planner import make_plan
-from diffusers_cogvideox.runtime.memory.usage import Usage
 from diffusers_cogvideox.runtime.memory.workload import Workload
 from live_storages import fused_attention, live_peak
 
@@ -60,14 +59,10 @@ def pipelines(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def run(pipe: Any, options: argparse.Namespace) -> tuple[dict[str, float], torch.Tensor]:
     """One call: seconds of a step (the median) and of all, bytes of memory that it took at its peak beyond what there was; its video."""
-    usage, device = Usage(), torch.device(options.device)
-    with usage.stage("before", device):
-        pass
-    with usage.stage("call", device):
-        video, steps = timed_call(pipe, options, "pt")
-    before, after = usage.stages["before"], usage.stages["call"]
-    grown = (after.device or 0) - (before.device or 0) if device.type == "cuda" else (after.host or 0) - (before.host or 0)
-    return {"step": statistics.median(steps[1:] or steps), "call": after.seconds, "bytes": grown}, video
+    device = torch.device(options.device)
+    (video, steps), used = measured(lambda: timed_call(pipe, options, "pt"), device)
+    grown = used.device if device.type == "cuda" else used.host
+    return {"step": statistics.median(steps[1:] or steps), "call": used.seconds, "bytes": grown or 0}, video
 
 
 def paired(name: str, options: argparse.Namespace) -> dict[str, Any]:

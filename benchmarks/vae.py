@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import RESULTS, machine, peak_gib, random_model, write_result
+from common import RESULTS, machine, measured, random_model, write_result
 from diffusers_cogvideox.files import check_writable
 from live_storages import live_peak
 from vae_cases import DTYPES, build, cast, class_of, code, config_of, draw, hollow, input_shape, saving_of, setting, ways
@@ -126,14 +126,8 @@ def used_gib(name: tuple[str, str, str], given: argparse.Namespace) -> float:
     direction, dtype, way = name
     model = setting(random_model(class_of(way), config_of(given), DTYPES[dtype]).to(given.device), way, given.height, given.width)
     x = draw(direction, given).to(DTYPES[dtype])
-    if given.device != "cuda":
-        before = peak_gib()
-        code(model, direction, x)
-        return round(peak_gib() - before, 3)
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    code(model, direction, x)
-    return round((torch.cuda.max_memory_allocated() - before) / 2**30, 3)
+    _, used = measured(lambda: code(model, direction, x), torch.device(given.device))
+    return _gib((used.device if given.device == "cuda" else used.host) or 0)
 
 
 def memory_part(size: tuple[int, int, int], given: argparse.Namespace) -> dict[str, Any]:

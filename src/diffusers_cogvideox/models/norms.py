@@ -27,7 +27,7 @@ logger = logging.get_logger(__name__)
 SWITCH = "COGVIDEOX_TRITON"  # environment variable: 0 keeps to the torch form
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-_AT_ONCE = 1 << 17  # numbers of which a processor's cache holds a copy or two in float32
+_AT_ONCE = 1 << 18  # numbers of which a processor's cache holds a copy or two in float32
 _SUMMED = 512  # pixels whose float32 sums a processor may take one after the other
 
 # scale and shift: (B, f, h, w, C), or (B, 1, 1, 1, C).
@@ -162,7 +162,7 @@ def modulate(x: Tensor, top: int, height: int, affine: Affine, spans: list[tuple
 def piece_rows(shape: Sequence[int], device: torch.device) -> int:
     """How many rows of a frame of (B, F, rows, W, C) are normalised at once."""
     batch, _, rows, width, channels = shape
-    numbers = _AT_ONCE if device.type == "cpu" else 16 * _AT_ONCE
+    numbers = _AT_ONCE if device.type == "cpu" else 8 * _AT_ONCE
     return max(1, min(rows, numbers // (batch * width * channels)))
 
 
