@@ -143,7 +143,7 @@ class Accounting:
         keeps = 1 if x.doubled else 2
         length = (0 if x.single else 1) if self.first else keeps
         in_row, out_row = (batch * width * c * self.dtype.itemsize for c in (channels, conv.conv.out_channels))
-        steps = steps_for(frames, first=self.first, doubled=x.doubled, single=x.single, largest=joint_frames(self.dtype, self.device))
+        steps = steps_for(frames, first=self.first, doubled=x.doubled, single=x.single, largest=joint_frames(conv, self.dtype, self.device))
         by_rows = row_filtering(conv, (height, width), self.dtype, self.device)
         most = summed = 0
         self._forget_derived(but=Upsample if self._is_lazy(x) else ())

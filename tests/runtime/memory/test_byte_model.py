@@ -14,7 +14,7 @@ from diffusers_cogvideox.runtime.memory.costs import Costs, TransformerMode
 from diffusers_cogvideox.runtime.memory.facts import T5_XXL, ModelFacts
 from diffusers_cogvideox.runtime.memory.text_encoder import text_encoder_peak
 from diffusers_cogvideox.runtime.memory.workload import MACHINES, Workload
-from diffusers_cogvideox.runtime.quantisation import QUANTISATIONS, quantise
+from diffusers_cogvideox.runtime.quantisation import QUANTISATIONS, quantisation_config, quantise, quantised_layers
 from diffusers_cogvideox.runtime.streamed_parts import named_tensors
 from live_storages import LiveStorages, fused_attention, live_peak
 from parity import TINY_TRANSFORMERS, StockTransformer
@@ -92,8 +92,24 @@ def test_the_released_size(mode):
     assert found < 0.9 * measured(config, sizes, 2, torch.bfloat16, cls=StockTransformer)
 
 
+def in_4_bits(model):
+    """Quantise the blocks by bitsandbytes' own layers, as it does on a GPU while loading; the tensors that they keep beside the weights."""
+    bitsandbytes, scales = importlib.import_module("bitsandbytes"), []
+    config = quantisation_config("nf4", "cuda")
+    how = {"compress_statistics": config.bnb_4bit_use_double_quant, "quant_type": config.bnb_4bit_quant_type}
+    names = {layer: name for name, layer in model.named_modules()}
+    for layer in list(quantised_layers(model)):
+        made = bitsandbytes.nn.Linear4bit(layer.in_features, layer.out_features, compute_dtype=config.bnb_4bit_compute_dtype, **how)
+        made.weight = bitsandbytes.nn.Params4bit(layer.weight.data, requires_grad=False, **how)
+        made.bias = layer.bias
+        made.to("cpu")  # quantises
+        scales += [value for value in made.weight.quant_state.as_dict().values() if isinstance(value, torch.Tensor)]
+        model.set_submodule(names[layer], made)
+    return scales
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning:torchao", "ignore::DeprecationWarning:torchao")
-@pytest.mark.parametrize("name", ["int8", "fp8", "fp8-cast"])
+@pytest.mark.parametrize("name", ["int8", "fp8", "fp8-cast", "nf4"])
 def test_quantised_weights_and_what_their_layers_take(name):
     """Storages of the processor: those of the weights and of a pass in all, where the layers at work are unpacked."""
     package = QUANTISATIONS[name].package
@@ -102,12 +118,13 @@ def test_quantised_weights_and_what_their_layers_take(name):
     preset, config = PRESETS["5b"], small("5b") | {"num_attention_heads": 8, "num_layers": 3}
     facts = ModelFacts(name="tiny", pipeline=preset.pipeline, transformer=config, vae=preset.vae, quantised=name)
     for frames, height, width, text in ((1, 4, 4, 3), SIZES[0]):
-        model = quantise(torch.nn.Module.to(CogVideoXTransformer3DModel(**config), torch.bfloat16).eval(), name, "cpu")
+        model = torch.nn.Module.to(CogVideoXTransformer3DModel(**config), torch.bfloat16).eval()
+        scales = in_4_bits(model) if name == "nf4" else quantise(model, name, "cpu") and []
         inputs = torch.zeros(1, frames, config["in_channels"], height, width), torch.zeros(1, text, config["text_embed_dim"])
         inputs = [value.bfloat16() for value in inputs]
         rotary = rope_for(config, frames, height, width)
         live = LiveStorages()
-        live.count([tensor for _, tensor in named_tensors(model)])
+        live.count([*scales, *(tensor for _, tensor in named_tensors(model))])
         live.ignore([*inputs, *rotary, *model.parameters()])  # of which some are wrappers around what was counted
         weights = live.now
         with torch.no_grad(), live:
@@ -117,7 +134,11 @@ def test_quantised_weights_and_what_their_layers_take(name):
         assert costs.weights("transformer", name) == pytest.approx(weights, rel=0.02)
         assert weights < 0.6 * costs.weights("transformer")
         mode = TransformerMode(name)
-        assert costs.weights("transformer", name) + costs.transformer_pass(mode).peak() == pytest.approx(live.peak, rel=0.1)
+        predicted = costs.weights("transformer", name) + costs.transformer_pass(mode).peak()
+        if name == "nf4":  # bitsandbytes unpacks within its kernel: whether as a whole, is the device's affair
+            assert live.peak <= predicted
+        else:
+            assert predicted == pytest.approx(live.peak, rel=0.1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
