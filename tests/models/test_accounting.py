@@ -71,6 +71,17 @@ def test_the_estimate_is_what_is_alive(direction, dtype, way, size):
     assert vae.estimate_peak(shape, direction) == pytest.approx(measured, rel=0.1)
 
 
+@pytest.mark.parametrize("direction", ["decode", "encode"])
+def test_slices_take_the_caches_of_one(direction):
+    vae, shape = tiny(torch.float32), shape_of(direction, 3, 5, 8, 12)
+    x = torch.empty(shape, device="meta")
+    together = live_peak(getattr(vae, direction), x, model=vae)
+    vae.enable_slicing()
+    measured = live_peak(getattr(vae, direction), x, model=vae)
+    assert measured < 0.5 * together
+    assert vae.estimate_peak(shape, direction) == pytest.approx(measured, rel=0.1)
+
+
 @pytest.mark.parametrize("way", ["whole", "bands", "lean", "offload"])
 @pytest.mark.parametrize("direction", ["decode", "encode"])
 def test_more_never_needs_less(direction, way):

@@ -175,10 +175,10 @@ class Accounting:
         return out
 
     def _normalising(self, shape: tuple[int, int, int, int, int]) -> int:
-        """Bytes beside the result that normalising a band takes in half precision: a piece of it in float32, twice."""
+        """Bytes beside the result that normalising a band takes in half precision: a piece of it in float32."""
         if self.dtype == torch.float32:
             return 0
-        return 2 * torch.float32.itemsize * shape[0] * piece_rows(shape, self.device) * shape[3] * shape[4]
+        return torch.float32.itemsize * shape[0] * piece_rows(shape, self.device) * shape[3] * shape[4]
 
     def _multiply(self, weight: Tensor, out: Frames) -> None:
         batch, _, height, width, _ = out.shape

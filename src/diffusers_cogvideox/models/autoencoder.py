@@ -142,19 +142,19 @@ class AutoencoderKLCogVideoX(TilingMixin, RowParallelMixin, ModelMixin, Autoenco
             direction: "encode" or "decode".
             saving: how memory is saved; by default what the current settings and the free memory come to.
         """
-        coder, batch = self._coder(direction), 1 if self.use_slicing else shape[0]
+        coder, (slices, batch) = self._coder(direction), (shape[0], 1) if self.use_slicing else (1, shape[0])
         saving = saving or self._ways(coder, shape, self.device)[0]
         height, width = (side * coder.out_scale // coder.in_scale for side in shape[3:])
         frames = [coder.resized(stop - start) for start, stop in chunk_spans(shape[2], coder.chunk)]
         frame = batch * coder.tower.conv_out.conv.out_channels * height * width * self.dtype.itemsize
         walked = walk_chunks(coder.tower, (batch, *shape[1:]), coder.chunk, self.dtype, self.device, saving)
-        return estimate_chunks(walked, frame * sum(frames), frame * frames[-1])
+        return estimate_chunks(walked, frame * sum(frames), frame * frames[-1], slices)
 
     @apply_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """Video (B, 3, F, H, W) in [-1, 1] -> the latents' diagonal Gaussian, mean and log-variance (B, C_z, f, h, w) each."""
         _check_video("encode", x, self.config["in_channels"], self.spatial_ratio)
-        posterior = DiagonalGaussianDistribution(torch.cat(list(self._code(self._coder("encode"), x)), dim=2))
+        posterior = DiagonalGaussianDistribution(self._whole(self._coder("encode"), x))
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     @apply_forward_hook
@@ -164,7 +164,7 @@ class AutoencoderKLCogVideoX(TilingMixin, RowParallelMixin, ModelMixin, Autoenco
         An odd f gives 4(f-1)+1 frames; an even f has no single first frame and gives 4f.
         """
         _check_video("decode", z, self.config["latent_channels"], 1)
-        video = torch.cat(list(self._code(self._coder("decode"), z)), dim=2)
+        video = self._whole(self._coder("decode"), z)
         return DecoderOutput(sample=video) if return_dict else (video,)
 
     @apply_forward_hook
@@ -220,6 +220,12 @@ class AutoencoderKLCogVideoX(TilingMixin, RowParallelMixin, ModelMixin, Autoenco
         return _Coder(
             "decode", self.decoder, chunk, 1, self.spatial_ratio, lambda n: ratio * n - (n % 2) * (ratio - 1), before=self.post_quant_conv
         )
+
+    def _whole(self, coder: _Coder, x: Tensor) -> Tensor:
+        """All that x (B, C, F, H, W) is coded to; of batch elements that are taken one by one, each ends before the next one begins."""
+        if self.use_slicing and len(x) > 1:
+            return torch.cat([self._whole(coder, part) for part in x.split(1)])
+        return torch.cat(list(self._code(coder, x)), dim=2)
 
     def _code(self, coder: _Coder, x: Tensor) -> Iterator[Tensor]:
         """x (B, C, F, H, W) in pieces along time: batch elements one by one if slicing, blended tiles if asked for, chunks."""

@@ -6,7 +6,7 @@ Shapes: B batch, F frames, H W of the feature map, C channels, G groups, f h w o
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from importlib.util import find_spec
 
@@ -137,7 +137,7 @@ def normalise(x: Tensor, rows: tuple[int, int], height: int, affine: Affine, act
 def modulate(x: Tensor, top: int, height: int, affine: Affine, spans: list[tuple[int, int]], out: Tensor, activation: nn.Module) -> None:
     """activation(scale * x + shift) for the rows x (B, F, rows, W, C), the first of which is row `top` of `height`, written to `out`.
 
-    Pieces of a few rows of a frame go through all of it, one after the other: a processor finds them in its cache.
+    Half precision goes through all of it in pieces of a few rows of a frame, one after the other: a processor finds them in its cache.
 
     Args:
         spans: of frames that each latent frame belongs to.
@@ -145,22 +145,31 @@ def modulate(x: Tensor, top: int, height: int, affine: Affine, spans: list[tuple
     exact = x.dtype == torch.float32
     high, wide = affine[0].shape[2:4]
     columns = (wide, x.shape[3] // wide)
-    step = piece_rows(x.shape, x.device)
+    step = x.shape[2] if exact else piece_rows(x.shape, x.device)
+    every = None if exact else torch.empty((len(x), 1, step, *columns, x.shape[4]), dtype=torch.float32, device=x.device)
     for first in range(0, x.shape[2], step):
         last = min(first + step, x.shape[2])
         places = torch.arange(top + first, top + last, device=x.device) // (height // high)
         scale, shift = (value[:, :, places] if high > 1 else value for value in affine)
-        for index, frame in ((index, frame) for index, span in enumerate(spans) for frame in range(*span)):
-            part, target = (value[:, frame, first:last].unflatten(2, columns) for value in (x, out))
-            factor, offset = (value[:, index, :, :, None] for value in (scale, shift))  # (B, rows, w, 1, C)
-            values = torch.addcmul(offset, part.float(), factor, out=target if exact else None)
+        for index, frames in _at_once(spans, whole=exact):
+            part, target = (value[:, frames, first:last].unflatten(3, columns) for value in (x, out))
+            factor, offset = (value[:, index : index + 1, :, :, None] for value in (scale, shift))  # (B, 1, rows, w, 1, C)
+            values = target if every is None else every[:, :, : last - first].copy_(part)
+            torch.addcmul(offset, part if exact else values, factor, out=values)
             values = F.silu(values, inplace=True) if isinstance(activation, nn.SiLU) else activation(values)
             if values is not target:
                 target.copy_(values)
 
 
+def _at_once(spans: list[tuple[int, int]], *, whole: bool) -> Iterator[tuple[int, slice]]:
+    """Each span with the index of its latent frame, or each of its frames."""
+    for index, (start, stop) in enumerate(spans):
+        step = stop - start if whole else 1
+        yield from ((index, slice(frame, frame + step)) for frame in range(start, stop, step))
+
+
 def piece_rows(shape: Sequence[int], device: torch.device) -> int:
-    """How many rows of a frame of (B, F, rows, W, C) are normalised at once."""
+    """How many rows of a frame of (B, F, rows, W, C) are normalised at once in half precision."""
     batch, _, rows, width, channels = shape
     numbers = _AT_ONCE if device.type == "cpu" else 8 * _AT_ONCE
     return max(1, min(rows, numbers // (batch * width * channels)))

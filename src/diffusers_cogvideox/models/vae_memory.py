@@ -155,16 +155,17 @@ def walk_chunks(
     return walked
 
 
-def estimate_chunks(walked: Sequence[Accounting], result: int, last: int) -> int:
+def estimate_chunks(walked: Sequence[Accounting], result: int, last: int, slices: int = 1) -> int:
     """Bytes that coding a tensor takes at its peak, beside the weights.
 
     Args:
         walked: its first chunks.
         result: bytes of the result, which is joined at the end from the pieces that the chunks came to.
         last: bytes of the last of them.
+        slices: of the batch, coded one after the other; all of this is about one of them.
     """
-    first, later = walked[0], walked[-1]
-    return max(first.peak, later.peak + result - last, 2 * result + sum(later.derived.values()))
+    first, later, before = walked[0], walked[-1], (slices - 1) * result
+    return max(before + max(first.peak, later.peak + result - last), 2 * slices * result + sum(later.derived.values()))
 
 
 def free_memory(device: torch.device) -> int | None:
