@@ -9,7 +9,7 @@ import torch
 
 from ..options import DEMO, DEMO_IMAGE, parse_size
 from ..pipelines.folder import INDEX, component_names, read_json
-from ..pipelines.windows import seen_frames
+from ..pipelines.windows import ContextWindows, in_windows
 from ..presets import PRESETS, Preset
 from ..runtime.memory.available import free_ram, free_vram
 from ..runtime.memory.facts import T5_XXL, ModelFacts
@@ -47,7 +47,7 @@ def plan_for(options: PlanOptions) -> Plan:
         height=height,
         width=width,
         num_frames=frames,
-        seen_frames=seen_frames(options.window, facts.geometry),
+        **in_windows(ContextWindows(frames=options.window) if options.window else None, frames, facts.geometry),
         videos=options.videos,
         guided=options.guidance,
         steps=options.steps or best.num_inference_steps,

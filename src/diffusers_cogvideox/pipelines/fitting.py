@@ -13,6 +13,7 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from transformers import T5EncoderModel
 
+from ..geometry import Geometry
 from ..models.transformer import CogVideoXTransformer3DModel
 from ..runtime.effects import summary
 from ..runtime.memory.available import free_ram, free_vram
@@ -28,7 +29,7 @@ from ..units import parse_memory
 from .folder import INDEX, component_names, read_json
 from .native import native_call
 from .request import Request
-from .windows import seen_frames
+from .windows import ContextWindows, in_windows
 
 __all__ = ["FittingMixin"]
 
@@ -84,7 +85,7 @@ class FittingMixin(DiffusionPipeline):
         place = _resolved(device)
         sizes = _given({"height": height, "width": width, "num_frames": num_frames})
         work = _workload_of(type(self).__name__, self.call_defaults() | sizes, videos, steps)  # type: ignore[attr-defined]
-        work = replace(work, seen_frames=seen_frames(window, self.geometry), sequential=self._has_a_half)
+        work = replace(_windowed(work, window, self.geometry), sequential=self._has_a_half)
         budget = _budget(place, self._folder(), vram=vram, ram=ram, quantisation=quantisation)
         facts = ModelFacts.of_pipeline(self)
         if quantisation is not None:
@@ -160,7 +161,7 @@ class FittingMixin(DiffusionPipeline):
             height=request.height,
             width=request.width,
             num_frames=request.num_frames,
-            seen_frames=request.context.frames if request.context else 0,
+            **in_windows(request.context, request.num_frames, self.geometry),
             videos=request.count,
             guided=request.guided,
             sequential=request.sequential_guidance or self._has_a_half,
@@ -207,7 +208,7 @@ class FittingMixin(DiffusionPipeline):
         dtype = kwargs.get("dtype", kwargs.get("torch_dtype", torch.float32))
         facts, native = _facts_of(source, cls.__name__)
         work = _workload_of(cls.__name__, native | _given(fitting), fitting.get("videos", 1), fitting.get("steps", 50))
-        work = replace(work, seen_frames=seen_frames(fitting.get("window"), facts.geometry))
+        work = _windowed(work, fitting.get("window"), facts.geometry)
         limits = {name: fitting.get(name) for name in ("vram", "ram", "quantisation")}
         plan = _budget(place, source, **limits).plan(facts, work, str(dtype).removeprefix("torch."))
         quantisation = plan.transformer.quantisation
@@ -303,6 +304,11 @@ def _workload_of(pipeline: str, sizes: Mapping[str, int], videos: int, steps: in
         text_tokens=sizes["max_sequence_length"],
         encoded_frames=encoded_frames(pipeline, sizes["num_frames"]),
     )
+
+
+def _windowed(work: Workload, window: int | None, geometry: Geometry) -> Workload:
+    """The same in context windows of `window` frames. Raises ValueError for windows that cannot be."""
+    return replace(work, **in_windows(ContextWindows(frames=window) if window is not None else None, work.num_frames, geometry))
 
 
 def _facts_of(folder: Path, pipeline: str) -> tuple[ModelFacts, dict[str, int]]:

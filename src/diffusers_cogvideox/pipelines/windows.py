@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..geometry import Geometry
 
-__all__ = ["SCHEDULES", "ContextWindows", "Window", "Windows", "faded", "radical_inverse", "seen_frames"]
+__all__ = ["SCHEDULES", "ContextWindows", "Window", "Windows", "faded", "in_windows", "radical_inverse"]
 
 SCHEDULES = ("uniform", "static")
 """Whether the places of the windows move from step to step."""
@@ -209,15 +209,16 @@ class ContextWindows:
         )
 
 
-def seen_frames(window: int | None, geometry: Geometry) -> int:
-    """Frames that a pass sees, as a memory plan counts them, with windows of `window` frames: 0, all of them, without windows.
+def in_windows(context: ContextWindows | None, num_frames: int, geometry: Geometry) -> dict[str, int]:
+    """What a memory plan counts of the context windows of a video (`Workload`): the frames that a pass sees, and how many a step has.
 
     Raises ValueError as `ContextWindows.shared_frames`.
     """
-    if window is None:
-        return 0
-    ContextWindows(frames=window).shared_frames(geometry)
-    return window
+    if context is None:
+        return {"seen_frames": 0, "windows": 1}
+    latents = geometry.latent_frames(geometry.padded_frames(num_frames))
+    windows = context.over(latents + geometry.front_padding(latents), geometry)
+    return {"seen_frames": context.frames, "windows": len(windows.starts(1)) if windows else 1}
 
 
 def faded(windows: list[Window], x: Tensor, predict: Callable[[Tensor, int], Tensor]) -> Tensor:

@@ -267,7 +267,7 @@ class Costs:
         computing = self.operations / self.machine.compute
         for slower, factor in ((mode.split_batch, _SPLIT), (mode.ff_tokens, _CHUNKED), (mode.quantisation, _UPCAST)):
             computing *= factor if slower else 1
-        seconds = self.work.steps * self._in_blocks("transformer", placement, computing, mode.quantisation)
+        seconds = self.work.steps * self.work.windows * self._in_blocks("transformer", placement, computing, mode.quantisation)
         if placement == "staged":
             seconds += self._arrival(self.weights("transformer", mode.quantisation), placement)
         if mode.release_modulation:

@@ -80,7 +80,7 @@ def _overlap(plan: Plan, costs: Costs) -> str:
     size = blocks * costs.block("transformer", mode.quantisation)
     source, speed = ("disk", machine.disk) if plan.placements["transformer"] == "disk" else ("host memory", machine.link)
     arrival, computing = size / speed, costs.operations / machine.compute
-    what = f"{in_words(size)} of weights come from {source} in each step, in {arrival:.2f} s at {speed / 1e9:g} GB/s"
+    what = f"{in_words(size)} of weights come from {source} in each pass, in {arrival:.2f} s at {speed / 1e9:g} GB/s"
     if arrival <= computing:
         return f"{what}, while {computing:.2f} s are computed: streaming hides behind the arithmetic."
     return f"{what}, and only {computing:.2f} s are computed meanwhile: the weights are waited for."

@@ -19,6 +19,7 @@ class Workload:
         height, width: pixels.
         num_frames: frames of each video.
         seen_frames: those that a pass of the transformer sees at once, where the loop has windows; 0 for all.
+        windows: how many of them a step goes through.
         videos: how many are made at once.
         guided: whether the loop predicts with and without the prompt.
         sequential: whether it does so in one pass after the other.
@@ -32,6 +33,7 @@ class Workload:
     width: int
     num_frames: int
     seen_frames: int = 0
+    windows: int = 1
     videos: int = 1
     guided: bool = True
     sequential: bool = False
@@ -69,6 +71,8 @@ class Workload:
         values: dict[str, Any] = {field.name: max(getattr(self, field.name), getattr(other, field.name)) for field in fields(self)}
         seen = max(each.seen_frames or each.num_frames for each in (self, other))
         values["seen_frames"] = 0 if seen >= values["num_frames"] else seen
+        if not values["seen_frames"]:
+            values["windows"] = 1
         values["sequential"] = self.sequential and other.sequential
         return replace(self, **values)
 
