@@ -43,11 +43,13 @@ def plan_for(options: PlanOptions) -> Plan:
     frames = options.frames or best.num_frames
     facts.geometry.padded_size(height, width)
     facts.geometry.padded_frames(frames)
+    seen, windows = in_windows(ContextWindows(frames=options.window) if options.window else None, frames, facts.geometry)
     work = Workload(
         height=height,
         width=width,
         num_frames=frames,
-        **in_windows(ContextWindows(frames=options.window) if options.window else None, frames, facts.geometry),
+        seen_frames=seen,
+        windows=windows,
         videos=options.videos,
         guided=options.guidance,
         steps=options.steps or best.num_inference_steps,

@@ -157,11 +157,13 @@ class FittingMixin(DiffusionPipeline):
     def _workload(self, request: Request) -> Workload:
         """What a request takes."""
         embeds = request.inputs.prompt_embeds
+        seen, windows = in_windows(request.context, request.num_frames, self.geometry)
         return Workload(
             height=request.height,
             width=request.width,
             num_frames=request.num_frames,
-            **in_windows(request.context, request.num_frames, self.geometry),
+            seen_frames=seen,
+            windows=windows,
             videos=request.count,
             guided=request.guided,
             sequential=request.sequential_guidance or self._has_a_half,
@@ -308,7 +310,8 @@ def _workload_of(pipeline: str, sizes: Mapping[str, int], videos: int, steps: in
 
 def _windowed(work: Workload, window: int | None, geometry: Geometry) -> Workload:
     """The same in context windows of `window` frames. Raises ValueError for windows that cannot be."""
-    return replace(work, **in_windows(ContextWindows(frames=window) if window is not None else None, work.num_frames, geometry))
+    seen, windows = in_windows(ContextWindows(frames=window) if window is not None else None, work.num_frames, geometry)
+    return replace(work, seen_frames=seen, windows=windows)
 
 
 def _facts_of(folder: Path, pipeline: str) -> tuple[ModelFacts, dict[str, int]]:

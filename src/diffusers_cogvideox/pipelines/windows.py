@@ -209,16 +209,16 @@ class ContextWindows:
         )
 
 
-def in_windows(context: ContextWindows | None, num_frames: int, geometry: Geometry) -> dict[str, int]:
-    """What a memory plan counts of the context windows of a video (`Workload`): the frames that a pass sees, and how many a step has.
+def in_windows(context: ContextWindows | None, num_frames: int, geometry: Geometry) -> tuple[int, int]:
+    """What a memory plan counts of the context windows of a video: frames that a pass sees, 0 for all, and how many windows a step has.
 
     Raises ValueError as `ContextWindows.shared_frames`.
     """
     if context is None:
-        return {"seen_frames": 0, "windows": 1}
+        return 0, 1
     latents = geometry.latent_frames(geometry.padded_frames(num_frames))
     windows = context.over(latents + geometry.front_padding(latents), geometry)
-    return {"seen_frames": context.frames, "windows": len(windows.starts(1)) if windows else 1}
+    return context.frames, len(windows.starts(1)) if windows else 1
 
 
 def faded(windows: list[Window], x: Tensor, predict: Callable[[Tensor, int], Tensor]) -> Tensor:
