@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from diffusers_cogvideox.models import norms
 from diffusers_cogvideox.models.autoencoder import AutoencoderKLCogVideoX
 from diffusers_cogvideox.models.causal_conv import ConvCache
 from diffusers_cogvideox.models.frames import Bands
@@ -327,3 +328,26 @@ def test_a_stream_that_is_broken_off_leaves_no_weights_of_an_offloaded_model(vae
     assert derived(vae)
     stream.close()
     assert not derived(vae)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", [torch.nn.SiLU(), torch.nn.GELU()], ids=["silu", "gelu"])
+@pytest.mark.parametrize("grid", [(4, 3), (4, 1), (1, 1)])
+def test_norms_in_pieces_are_those_of_float32(monkeypatch, dtype, activation, grid):
+    """Several pieces of 3 rows and a last one of 1, from inside a cell on; rounded once, and only where they belong."""
+    monkeypatch.setattr(norms, "_AT_ONCE", 300)
+    batch, frames, rows, height, width, channels, top = 2, 5, 7, 12, 6, 8, 4
+    assert norms.piece_rows((batch, frames, rows, width, channels), torch.device("cpu")) == 3
+    x = torch.randn(batch, frames, rows, width, channels).to(dtype)
+    affine = tuple(torch.randn(batch, 3, *grid, channels) for _ in range(2))
+    scale, shift = (
+        value[:, [0, 1, 1, 2, 2]].repeat_interleave(height // grid[0], 2)[:, :, top : top + rows].repeat_interleave(width // grid[1], 3)
+        for value in affine
+    )
+    around = torch.full((batch, frames, rows + 2, width, channels), 9.0, dtype=dtype)
+    out = around[:, :, 1:-1]
+    norms.normalise(x, (top, top + rows), height, affine, activation, out)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(out.float(), activation(scale * x.float() + shift), rtol=eps, atol=eps / 8 + 1e-6)
+    out.fill_(9.0)
+    assert (around == 9.0).all()

@@ -16,7 +16,7 @@ from .filtering import FIRST, Filtering, as_volume, steps_for
 from .frames import Bands, Frames
 from .norms import piece_rows
 from .rowwise import joint_frames, row_filtering
-from .vae_blocks import Downsample, ResnetBlock, Tower, Upsample
+from .vae_blocks import Downsample, ResnetBlock, SpatialNorm, Tower, Upsample
 
 __all__ = ["Accounting", "next_chunk"]
 
@@ -57,6 +57,7 @@ class Accounting:
     def enter(self, tower: Tower, x: torch.Size) -> Frames:
         """x is (B, C_in, F, H, W)."""
         batch, channels, frames, height, width = x
+        self._cells = batch * frames * height * width
         source = _frames((batch, frames, height, width, channels))
         return self._convolve(tower.conv_in, source, self._bytes(source), normalises=False)
 
@@ -66,10 +67,12 @@ class Accounting:
         out = self._out(x, block.conv2.conv.out_channels)
         residual = 0 if in_place else self._bytes(out)
         again = self._is_lazy(x)
-        hidden = self._convolve(block.conv1, x, self._held(x) + (0 if again else residual))
+        first, second = self._affine(block.norm1), self._affine(block.norm2)
+        hidden = self._convolve(block.conv1, x, first + self._held(x) + (0 if again else residual))
         if again:
-            self._note(self._held(x), self._bytes(hidden), residual, self._made(x, self._rows(x.shape[2], x.row_bytes(self.dtype))))
-        self._convolve(block.conv2, hidden, self._bytes(hidden) + (residual or self._bytes(x)), adds=True)
+            made = self._made(x, self._rows(x.shape[2], x.row_bytes(self.dtype)))
+            self._note(first, self._held(x), self._bytes(hidden), residual, made)
+        self._convolve(block.conv2, hidden, first + second + self._bytes(hidden) + (residual or self._bytes(x)), adds=True)
         return out
 
     def downsample(self, layer: Downsample, x: Frames) -> Frames:
@@ -100,11 +103,12 @@ class Accounting:
 
     def leave(self, tower: Tower, x: Frames) -> int:
         """Returns the peak."""
-        out = self._convolve(tower.conv_out, x, self._held(x))
+        out = self._convolve(tower.conv_out, x, self._affine(tower.norm_out) + self._held(x))
         self._note(2 * self._bytes(out))
         return self.peak
 
     _lazy: tuple[Frames | None, int] = (None, 0)
+    _cells: int = 0  # of the grid of the latents, where those are the input
 
     def _forget_derived(self, but: type | tuple[()] = ()) -> None:
         """In lean arithmetic, weights in another form last for one layer; those that enlarged rows are made with, as long as the rows."""
@@ -173,6 +177,10 @@ class Accounting:
         work = max(made, made // 2 + work)  # made first, convolved then
         self._note(held, work, self.kept[conv] if self.elsewhere else 0)
         return out
+
+    def _affine(self, norm: nn.Module) -> int:
+        """Bytes of the scale and the shift of a norm, which the decoder has for each latent; a few numbers in the encoder."""
+        return 2 * torch.float32.itemsize * self._cells * norm.norm_layer.num_channels if isinstance(norm, SpatialNorm) else 0
 
     def _normalising(self, shape: tuple[int, int, int, int, int]) -> int:
         """Bytes beside the result that normalising a band takes in half precision: a piece of it in float32."""

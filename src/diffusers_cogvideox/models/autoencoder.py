@@ -173,7 +173,8 @@ class AutoencoderKLCogVideoX(TilingMixin, RowParallelMixin, ModelMixin, Autoenco
         """Decode latents (B, C_z, f, h, w) chunk by chunk: yields (B, 3, F', H, W), in order, as soon as each is done.
 
         The pieces joined along time are what `decode` returns, bit for bit. What is yielded is not kept here, so memory does not grow with
-        the length of the video; with blended tiles, everything is decoded before the first piece.
+        the length of the video; with blended tiles, everything is decoded before the first piece. Slices of a batch go side by side, each
+        with caches of its own: `decode` takes those of one.
 
         Raises:
             ValueError: as `decode`, before the first piece.

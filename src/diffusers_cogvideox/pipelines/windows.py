@@ -210,7 +210,9 @@ class ContextWindows:
 
 
 def in_windows(context: ContextWindows | None, num_frames: int, geometry: Geometry) -> tuple[int, int]:
-    """What a memory plan counts of the context windows of a video: frames that a pass sees, 0 for all, and how many windows a step has.
+    """What a memory plan counts of the context windows of a video: frames that a pass sees, 0 for all, and windows of a step.
+
+    Those that move may be one fewer in some steps.
 
     Raises ValueError as `ContextWindows.shared_frames`.
     """

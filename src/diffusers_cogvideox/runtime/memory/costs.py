@@ -31,7 +31,7 @@ WINDOW = 2
 
 _FF_TOKENS = (None, 4096, 1024)
 # What ways that do the same work in smaller parts are taken to cost; rows that are made
-# anew took 10 % (bfloat16) and 24 % (float32) of decoding on a processor (benchmarks/results/vae.json).
+# anew took 13 % (bfloat16) and 24 % (float32) of decoding on a processor (benchmarks/results/vae.json).
 _SPLIT, _CHUNKED, _LEAN, _UPCAST = 1.01, 1.01, 1.15, 1.05
 _PAGED = 3  # how much longer weights take from memory that is not pinned
 _FLOAT = 4  # bytes of a float32
