@@ -19,6 +19,7 @@ from diffusers_cogvideox import cli
 from diffusers_cogvideox.generation.generate import generate
 from diffusers_cogvideox.generation.plan import plan
 from diffusers_cogvideox.generation.settings import load_pipeline, make_videos
+from diffusers_cogvideox.generation.story import read_story
 from diffusers_cogvideox.options import GenerateOptions
 from diffusers_cogvideox.video_io import probe_video, read_video, write_image, write_video
 from lora_cases import factors, spelled
@@ -93,6 +94,13 @@ def test_a_story_in_windows(folders, tmp_path, monkeypatch):
     windows = package.ContextWindows(frames=17)
     frames = pipe(prompt={0: PROMPT, 12: "a blue square"}, context=windows, **options).frames[0]
     np.testing.assert_array_equal(np.concatenate(made), np.rint(frames * 255))
+
+
+def test_a_mark_behind_a_backslash_is_text():
+    assert read_story(r"a sign: \[80:]") == "a sign: [80:]"
+    assert read_story(r"a sign: \[ 8 :] [80:] it falls") == {0: "a sign: [ 8 :]", 80: "it falls"}
+    assert read_story("[0:] a dog [80:] a cat") == {0: "a dog", 80: "a cat"}
+    assert read_story(r"C:\[x] stays") == r"C:\[x] stays"
 
 
 def test_continuation_by_words(folders, files, tmp_path):

@@ -31,19 +31,8 @@ def mistake(capsys, *arguments: str) -> str:
 def test_options_are_pinned():
     actions = [action for action in cli.parser_for("plan")._actions if action.dest != "help"]
     names = {name for action in actions for name in (action.option_strings or [action.dest])}
-    expected = {
-        "model",
-        "--vram",
-        "--ram",
-        "--size",
-        "--frames",
-        "--window",
-        "--videos",
-        "--steps",
-        "--dtype",
-        "--device",
-        "--quantisation",
-    }
+    sizes = {"--size", "--frames", "--window", "--videos", "--steps"}
+    expected = sizes | {"model", "--vram", "--ram", "--dtype", "--device", "--quantisation"}
     assert names == expected | {f"--{no}{name}" for name in ("guidance", "json") for no in ("", "no-")}
 
 

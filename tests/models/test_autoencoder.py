@@ -6,6 +6,7 @@ from diffusers.hooks import apply_group_offloading
 from safetensors.torch import load_file
 
 from diffusers_cogvideox.checkpoints.sat import vae_rules
+from diffusers_cogvideox.models import rowwise
 from diffusers_cogvideox.models.autoencoder import AutoencoderKLCogVideoX
 from diffusers_cogvideox.presets import PRESETS
 from parity import TINY_VAE, StockVAE, randomize, twins
@@ -108,9 +109,14 @@ def test_gradients_match_diffusers(pair):
         )
 
 
+@pytest.mark.parametrize("together", [1, 2])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_x14_bf16_error_is_below_stocks(seed):
-    """At the released widths of the two finest levels; norms round once here, and up to four times there."""
+def test_x14_bf16_error_is_below_stocks(seed, together, monkeypatch):
+    """At the released widths of the two finest levels; norms round once here, and up to four times there. Two frames are computed together
+    on accelerators.
+    """
+    joint = rowwise.joint_frames
+    monkeypatch.setattr(rowwise, "joint_frames", lambda conv, dtype, _: min(together, joint(conv, dtype, torch.device("cuda"))))
     two = {name: (f"CogVideoX{block}Block3D",) * 2 for name, block in (("down_block_types", "Down"), ("up_block_types", "Up"))}
     config = two | {"block_out_channels": (128, 256), "layers_per_block": 1, "temporal_compression_ratio": 2}
     ours, stock = AutoencoderKLCogVideoX(**config).eval(), StockVAE(**config).eval()
@@ -120,8 +126,8 @@ def test_x14_bf16_error_is_below_stocks(seed):
     found = [(moments(vae, x.bfloat16()), frames(vae, z.bfloat16())) for vae in (ours.bfloat16(), stock.bfloat16())]
     mine, theirs = ([(a.float() - b).square().mean().sqrt() for a, b in zip(rounded, exact, strict=True)] for rounded in found)
     encoding, decoding = (float(a / b) for a, b in zip(mine, theirs, strict=True))
-    assert encoding <= 0.98
-    assert decoding <= 0.95
+    assert encoding <= (0.98 if together == 1 else 1)
+    assert decoding <= (0.95 if together == 1 else 1)
 
 
 @pytest.mark.parametrize("released", ["2b", "5b", "1.5-5b"])

@@ -9,7 +9,7 @@ import torch
 
 from ..options import DEMO, DEMO_IMAGE, parse_size
 from ..pipelines.folder import INDEX, component_names, read_json
-from ..pipelines.windows import ContextWindows, in_windows
+from ..pipelines.windows import context_of, in_windows
 from ..presets import PRESETS, Preset
 from ..runtime.memory.available import free_ram, free_vram
 from ..runtime.memory.facts import T5_XXL, ModelFacts
@@ -43,19 +43,17 @@ def plan_for(options: PlanOptions) -> Plan:
     frames = options.frames or best.num_frames
     facts.geometry.padded_size(height, width)
     facts.geometry.padded_frames(frames)
-    seen, windows = in_windows(ContextWindows(frames=options.window) if options.window else None, frames, facts.geometry)
     work = Workload(
         height=height,
         width=width,
         num_frames=frames,
-        seen_frames=seen,
-        windows=windows,
         videos=options.videos,
         guided=options.guidance,
         steps=options.steps or best.num_inference_steps,
         text_tokens=best.max_sequence_length,
         encoded_frames=encoded_frames(facts.pipeline, frames),
     )
+    work = in_windows(work, context_of(options.window), facts.geometry)
     vram = parse_memory(options.vram, "--vram") if options.vram else free_vram(device) if device != "cpu" else None
     ram = parse_memory(options.ram, "--ram") if options.ram else free_ram() if device == "cpu" else None
     dtype = options.dtype or native_dtype(best.dtype, device)

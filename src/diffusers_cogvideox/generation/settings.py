@@ -12,7 +12,7 @@ import torch
 from ..options import Precision, Sampler, SamplingOptions
 from ..pipelines.base import CogVideoXPipelineBase
 from ..pipelines.decoding import FrameStream
-from ..pipelines.windows import ContextWindows
+from ..pipelines.windows import ContextWindows, context_of
 from ..runtime.calibration import FILE, Calibration
 from ..runtime.quantisation import check_planned, check_quantisation
 from ..schedulers.scheduler import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
@@ -86,7 +86,7 @@ class Settings:
     @property
     def context(self) -> ContextWindows | None:
         """The context windows in which the video is made."""
-        return None if self.window is None else ContextWindows(frames=self.window)
+        return context_of(self.window)
 
     def fit_arguments(self) -> dict[str, Any]:
         """The settings that are arguments of the pipeline's `fit`."""

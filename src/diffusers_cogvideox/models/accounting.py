@@ -22,7 +22,7 @@ __all__ = ["Accounting", "next_chunk"]
 
 
 def _nothing(start: int, stop: int) -> Tensor:
-    raise NotImplementedError
+    raise RuntimeError(f"rows {start} to {stop} were asked of an estimate, which has sizes only")
 
 
 def _frames(shape: tuple[int, int, int, int, int], *, doubled: bool = False, single: bool = False) -> Frames:

@@ -13,7 +13,6 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from transformers import T5EncoderModel
 
-from ..geometry import Geometry
 from ..models.transformer import CogVideoXTransformer3DModel
 from ..runtime.effects import summary
 from ..runtime.memory.available import free_ram, free_vram
@@ -29,7 +28,7 @@ from ..units import parse_memory
 from .folder import INDEX, component_names, read_json
 from .native import native_call
 from .request import Request
-from .windows import ContextWindows, in_windows
+from .windows import context_of, in_windows
 
 __all__ = ["FittingMixin"]
 
@@ -85,7 +84,7 @@ class FittingMixin(DiffusionPipeline):
         place = _resolved(device)
         sizes = _given({"height": height, "width": width, "num_frames": num_frames})
         work = _workload_of(type(self).__name__, self.call_defaults() | sizes, videos, steps)  # type: ignore[attr-defined]
-        work = replace(_windowed(work, window, self.geometry), sequential=self._has_a_half)
+        work = replace(in_windows(work, context_of(window), self.geometry), sequential=self._has_a_half)
         budget = _budget(place, self._folder(), vram=vram, ram=ram, quantisation=quantisation)
         facts = ModelFacts.of_pipeline(self)
         if quantisation is not None:
@@ -157,13 +156,10 @@ class FittingMixin(DiffusionPipeline):
     def _workload(self, request: Request) -> Workload:
         """What a request takes."""
         embeds = request.inputs.prompt_embeds
-        seen, windows = in_windows(request.context, request.num_frames, self.geometry)
-        return Workload(
+        work = Workload(
             height=request.height,
             width=request.width,
             num_frames=request.num_frames,
-            seen_frames=seen,
-            windows=windows,
             videos=request.count,
             guided=request.guided,
             sequential=request.sequential_guidance or self._has_a_half,
@@ -172,6 +168,7 @@ class FittingMixin(DiffusionPipeline):
             prompts=max(request.inputs.count, len(request.inputs.starts)) if request.reads_text else 0,
             encoded_frames=encoded_frames(type(self).__name__, request.num_frames),
         )
+        return in_windows(work, request.context, self.geometry)
 
     @property
     def _has_a_half(self) -> bool:
@@ -210,7 +207,7 @@ class FittingMixin(DiffusionPipeline):
         dtype = kwargs.get("dtype", kwargs.get("torch_dtype", torch.float32))
         facts, native = _facts_of(source, cls.__name__)
         work = _workload_of(cls.__name__, native | _given(fitting), fitting.get("videos", 1), fitting.get("steps", 50))
-        work = _windowed(work, fitting.get("window"), facts.geometry)
+        work = in_windows(work, context_of(fitting.get("window")), facts.geometry)
         limits = {name: fitting.get(name) for name in ("vram", "ram", "quantisation")}
         plan = _budget(place, source, **limits).plan(facts, work, str(dtype).removeprefix("torch."))
         quantisation = plan.transformer.quantisation
@@ -306,12 +303,6 @@ def _workload_of(pipeline: str, sizes: Mapping[str, int], videos: int, steps: in
         text_tokens=sizes["max_sequence_length"],
         encoded_frames=encoded_frames(pipeline, sizes["num_frames"]),
     )
-
-
-def _windowed(work: Workload, window: int | None, geometry: Geometry) -> Workload:
-    """The same in context windows of `window` frames. Raises ValueError for windows that cannot be."""
-    seen, windows = in_windows(ContextWindows(frames=window) if window is not None else None, work.num_frames, geometry)
-    return replace(work, seen_frames=seen, windows=windows)
 
 
 def _facts_of(folder: Path, pipeline: str) -> tuple[ModelFacts, dict[str, int]]:

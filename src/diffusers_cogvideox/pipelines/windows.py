@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..geometry import Geometry
+from ..runtime.memory.workload import Workload
 
-__all__ = ["SCHEDULES", "ContextWindows", "Window", "Windows", "faded", "in_windows", "radical_inverse"]
+__all__ = ["SCHEDULES", "ContextWindows", "Window", "Windows", "context_of", "faded", "in_windows", "radical_inverse"]
 
 SCHEDULES = ("uniform", "static")
 """Whether the places of the windows move from step to step."""
@@ -209,18 +210,20 @@ class ContextWindows:
         )
 
 
-def in_windows(context: ContextWindows | None, num_frames: int, geometry: Geometry) -> tuple[int, int]:
-    """What a memory plan counts of the context windows of a video: frames that a pass sees, 0 for all, and windows of a step.
+def context_of(window: int | None) -> ContextWindows | None:
+    """Context windows of so many frames that are otherwise as usual; None without."""
+    return None if window is None else ContextWindows(frames=window)
 
-    Those that move may be one fewer in some steps.
+
+def in_windows(work: Workload, context: ContextWindows | None, geometry: Geometry) -> Workload:
+    """The same video in context windows: frames that a pass sees, and windows of a step, of which some have one fewer.
 
     Raises ValueError as `ContextWindows.shared_frames`.
     """
     if context is None:
-        return 0, 1
-    latents = geometry.latent_frames(geometry.padded_frames(num_frames))
-    windows = context.over(latents + geometry.front_padding(latents), geometry)
-    return context.frames, len(windows.starts(1)) if windows else 1
+        return work
+    windows = context.over(work.latents(geometry)[0], geometry)
+    return replace(work, seen_frames=context.frames, windows=len(windows.starts(1)) if windows else 1)
 
 
 def faded(windows: list[Window], x: Tensor, predict: Callable[[Tensor, int], Tensor]) -> Tensor:
